@@ -1,0 +1,60 @@
+"""Random rotation and flip of a whole batch, each sample its own, on the batch's device."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class RandomRotateFlip(nn.Module):
+    """The papers' augmentation in one resampling of the batch (dMoE and FairSeg training transform).
+
+    With probability ``p`` a rotation by 0, 90, 180 or 270 degrees and then a flip of a random axis, always one;
+    else with probability ``p`` a rotation by whole degrees in [-degrees, degrees), zero outside; else nothing.
+    Images that are not square are turned by 0 or 180 degrees only.
+
+    Args:
+        p: probability of either branch.
+        degrees: largest angle of the free rotation.
+        interpolation: of the image; ``nearest`` is the reference's.
+    """
+
+    def __init__(self, p: float = 0.5, degrees: int = 20, interpolation: str = "bilinear") -> None:
+        super().__init__()
+        self.p, self.degrees, self.interpolation = p, degrees, interpolation
+
+    def forward(self, image: Tensor, mask: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """Transform image (B, C, H, W) and mask (B, 1, H, W) alike.
+
+        Args:
+            image: floating point.
+            mask: class indices.
+            generator: CPU generator of the draws; the global one when None.
+
+        Returns:
+            Image and mask of the same shapes.
+        """
+        height, width = image.shape[-2:]
+        theta = self.draw(len(image), height == width, generator)
+        aspect = torch.tensor([[1.0, height / width], [width / height, 1.0]])
+        theta = F.pad(theta * aspect, (0, 1)).to(image.device, image.dtype, non_blocking=True)
+        grid = F.affine_grid(theta, [len(image), 1, height, width], align_corners=False)
+        moved = F.grid_sample(image, grid, self.interpolation, "zeros", align_corners=False)
+        labels = F.grid_sample(mask.to(image.dtype), grid, "nearest", "zeros", align_corners=False)
+        return moved, labels.to(mask.dtype)
+
+    def draw(self, count: int, square: bool, generator: torch.Generator | None = None) -> Tensor:
+        """Draw the (count, 2, 2) matrices that map output to input coordinates (x, y)."""
+        branch = torch.rand(2, count, generator=generator) < self.p
+        quarter = torch.randint(4, (count,), generator=generator) if square else (
+            torch.randint(2, (count,), generator=generator) * 2
+        )
+        axis = torch.randint(2, (count,), generator=generator)
+        free = torch.randint(-self.degrees, max(self.degrees, 1 - self.degrees), (count,), generator=generator)
+        angle = torch.where(branch[0], quarter * (torch.pi / 2), free * (torch.pi / 180) * branch[1])
+        cos, sin = angle.cos(), angle.sin()
+        rotation = torch.stack([cos, -sin, sin, cos], -1).view(-1, 2, 2)
+        signs = torch.ones(count, 2)
+        signs[torch.arange(count), axis] = 1 - 2 * branch[0].float()
+        return rotation * signs[:, None]

@@ -1,0 +1,158 @@
+"""Decoded and resized samples, kept in memory or on disk and shared by all loader processes."""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from numpy.typing import NDArray
+
+Storage = Literal["none", "memory", "disk"]
+Arrays = tuple[NDArray[Any], NDArray[np.uint8]]
+VERSION = 1
+"""Part of every key: raised when what is stored for the same files and settings changes."""
+
+
+def cache_root() -> Path:
+    """The folder for phantoms, indices and decoded samples: ``FAIRDIFF_CACHE`` or the user's cache folder."""
+    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fairdiff_lightning"
+    return Path(os.environ.get("FAIRDIFF_CACHE", default))
+
+
+def fingerprint(files: Sequence[str | Path], *settings: object) -> str:
+    """Key of the files (path, size, time of change) and of the settings they are read with."""
+    digest = hashlib.sha256(repr((VERSION, settings)).encode())
+    for file in files:
+        stat = os.stat(file)
+        digest.update(f"{file}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+    return digest.hexdigest()[:32]
+
+
+class SampleCache(Protocol):
+    """Keeps what ``decode`` returns for an index."""
+
+    def get(self, index: int, decode: Callable[[int], Arrays]) -> Arrays:
+        """The image and mask of a sample, decoded at the first call."""
+
+
+class NoCache:
+    """Decodes at every call."""
+
+    def get(self, index: int, decode: Callable[[int], Arrays]) -> Arrays:
+        """Decode the sample."""
+        return decode(index)
+
+
+class ArrayCache:
+    """One buffer for all images, one for all masks and a flag for each sample that is set last.
+
+    A process that dies while it stores a sample leaves the flag unset, so nothing half-written is ever read.
+
+    Args:
+        allocate: makes a zeroed buffer of a number of bytes that other processes can share, under a name.
+        length: number of samples.
+        image_shape: shape of one decoded image.
+        image_dtype: its type.
+        mask_shape: shape of one mask.
+    """
+
+    def __init__(
+        self,
+        allocate: Callable[[str, int], Any],
+        length: int,
+        image_shape: tuple[int, ...],
+        image_dtype: np.dtype[Any],
+        mask_shape: tuple[int, ...],
+    ) -> None:
+        self._arguments = (allocate, length, image_shape, image_dtype, mask_shape)
+
+        def array(name: str, shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
+            size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+            return np.frombuffer(allocate(name, size), dtype=dtype).reshape(shape)
+
+        self.images = array("images", (length, *image_shape), image_dtype)
+        self.masks = array("masks", (length, *mask_shape), np.uint8)
+        self.filled = array("filled", (length,), np.uint8)
+
+    def get(self, index: int, decode: Callable[[int], Arrays]) -> Arrays:
+        """The image and mask of a sample, decoded and stored at the first call."""
+        if not self.filled[index]:
+            self.images[index], self.masks[index] = decode(index)
+            self.filled[index] = 1
+        return self.images[index], self.masks[index]
+
+    def __reduce__(self) -> tuple[type[ArrayCache], tuple[Any, ...]]:
+        """A spawned process opens the same files on disk; memory it starts anew."""
+        return type(self), self._arguments
+
+
+def open_cache(
+    storage: Storage,
+    key: str,
+    length: int,
+    image_shape: tuple[int, ...],
+    image_dtype: np.dtype[Any],
+    mask_shape: tuple[int, ...],
+) -> SampleCache:
+    """A cache for ``length`` samples; reading goes on uncached, with one warning, when there is no room.
+
+    Args:
+        storage: ``memory`` is shared by forked loader processes; ``disk`` outlives the run.
+        key: :func:`fingerprint` of the files and settings, names the folder on disk.
+        length: number of samples.
+        image_shape: shape of one decoded image.
+        image_dtype: its type.
+        mask_shape: shape of one mask.
+    """
+    if storage == "none" or not length:
+        return NoCache()
+    allocate = allocate_in_memory if storage == "memory" else DiskAllocator(cache_root() / "samples" / key)
+    try:
+        return ArrayCache(allocate, length, image_shape, image_dtype, mask_shape)
+    except OSError as error:
+        rank_zero_warn(
+            f"cannot make the {storage} cache ({error}); samples are decoded each time instead. "
+            f"Free some room, set FAIRDIFF_CACHE to another folder, or choose cache='none'."
+        )
+        return NoCache()
+
+
+def allocate_in_memory(name: str, size: int) -> mmap.mmap:
+    """Anonymous memory that forked processes share; pages are taken when they are first written."""
+    return mmap.mmap(-1, size)
+
+
+class DiskAllocator:
+    """Files of a fixed size below a folder, mapped into memory.
+
+    The room is reserved at once: a disk that fills up later cannot kill a run that writes through the map.
+
+    Args:
+        folder: where the files lie.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __call__(self, name: str, size: int) -> mmap.mmap:
+        """Map the file ``name``, made with ``size`` zero bytes when it is not there."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / name
+        if not path.exists():
+            temporary = path.with_suffix(f".{os.getpid()}")
+            try:
+                with temporary.open("wb") as stream:
+                    os.posix_fallocate(stream.fileno(), 0, size)
+                os.link(temporary, path)
+            except FileExistsError:
+                pass  # another process made it in the meantime
+            finally:
+                temporary.unlink(missing_ok=True)
+        with path.open("r+b") as stream:
+            return mmap.mmap(stream.fileno(), size)

@@ -1,0 +1,115 @@
+"""Real and synthetic samples in one training set: which, and how many of each group."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal, TypeVar
+
+import numpy as np
+
+from fairdiff_lightning.data.native import Record
+
+Group = TypeVar("Group", str, int)
+Balance = Literal["none", "oversample", "equal_scale"]
+
+
+def quotas(total: int, groups: Sequence[Group]) -> dict[Group, int]:
+    """Divide a total evenly over groups; the first ``total % len(groups)`` get one more."""
+    share, rest = divmod(total, len(groups))
+    return {group: share + (i < rest) for i, group in enumerate(groups)}
+
+
+def equal_scale(real: Mapping[Group, int], total: int) -> dict[Group, tuple[int, int]]:
+    """How many real and synthetic samples of each group make an Equal-Scale set (FairDiff, data combination).
+
+    Every group gets the same quota; real samples come first and synthetic ones fill the gap.
+
+    Args:
+        real: group -> number of real samples at hand.
+        total: size of the set.
+
+    Returns:
+        Group -> (real, synthetic).
+    """
+    return {
+        group: (min(real[group], quota), max(quota - real[group], 0))
+        for group, quota in quotas(total, list(real)).items()
+    }
+
+
+def mix(
+    real: Sequence[Record],
+    synthetic: Sequence[Record],
+    balance: Balance,
+    attribute: str,
+    group_names: Sequence[str],
+    total: int | None,
+    seed: int,
+) -> list[Record]:
+    """Make the training set.
+
+    Args:
+        real: real training samples.
+        synthetic: generated samples of the same data set.
+        balance: ``none`` takes everything once; ``oversample`` draws each group with replacement until all are as
+            large (Repeat-Sample when there is nothing synthetic); ``equal_scale`` see :func:`equal_scale`.
+        attribute: whose groups are balanced; samples of an unknown group are left out when balancing.
+        group_names: the groups' names, in the order of their indices.
+        total: size of the balanced set; the largest group's size for each group (``oversample``), the number of real
+            samples (``equal_scale``) when None.
+        seed: of every draw.
+
+    Raises:
+        ValueError: when a group has nothing to draw from, or too few synthetic samples, with the numbers.
+    """
+    if balance == "none":
+        if total is not None:
+            raise ValueError(f"total={total} without balance; choose balance='oversample' or 'equal_scale'.")
+        return [*real, *synthetic]
+    rng = np.random.default_rng(seed)
+    pools = {
+        source: {g: [r for r in records if r.attributes[attribute] == g] for g in range(len(group_names))}
+        for source, records in (("real", real), ("synthetic", synthetic))
+    }
+    if balance == "oversample":
+        both = {g: pools["real"][g] + pools["synthetic"][g] for g in range(len(group_names))}
+        _refuse_empty(both, attribute, group_names)
+        target = quotas(total or max(map(len, both.values())) * len(both), list(both))
+        return [r for g, pool in both.items() for r in _draw_with_repeats(pool, target[g], rng)]
+    plan = equal_scale({g: len(pool) for g, pool in pools["real"].items()}, total or len(real))
+    short = {
+        group_names[g]: needed - len(pools["synthetic"][g])
+        for g, (_, needed) in plan.items()
+        if needed > len(pools["synthetic"][g])
+    }
+    if short:
+        raise ValueError(
+            f"equal_scale with total={total or len(real)} over '{attribute}' lacks synthetic samples: {short}. "
+            "Generate them and name their folder in `synthetic`, or lower `total`."
+        )
+    return [
+        record
+        for g, (num_real, num_synthetic) in plan.items()
+        for record in [
+            *_draw(pools["real"][g], num_real, rng),
+            *_draw(pools["synthetic"][g], num_synthetic, rng),
+        ]
+    ]
+
+
+def _draw(pool: Sequence[Record], count: int, rng: np.random.Generator) -> list[Record]:
+    return [pool[i] for i in np.sort(rng.permutation(len(pool))[:count])]
+
+
+def _draw_with_repeats(pool: Sequence[Record], count: int, rng: np.random.Generator) -> list[Record]:
+    whole, rest = divmod(count, len(pool))
+    return [*pool] * whole + _draw(pool, rest, rng)
+
+
+def _refuse_empty(pools: Mapping[int, Sequence[Record]], attribute: str, group_names: Sequence[str]) -> None:
+    empty = [group_names[g] for g, pool in pools.items() if not pool]
+    if empty:
+        raise ValueError(
+            f"no training sample of '{attribute}' {empty}, so it cannot be balanced. "
+            "Give synthetic ones, or filter the group out with `groups`."
+        )

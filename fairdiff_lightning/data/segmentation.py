@@ -1,0 +1,451 @@
+"""The data module that every segmentation data set shares: splits, filters, mixing, samplers, caching, loaders."""
+
+from __future__ import annotations
+
+import csv
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+from fairdiff_lightning.data.augmentation import RandomRotateFlip
+from fairdiff_lightning.data.cache import (
+    Arrays,
+    NoCache,
+    SampleCache,
+    Storage,
+    cache_root,
+    fingerprint,
+    open_cache,
+)
+from fairdiff_lightning.data.errors import InvalidSampleError
+from fairdiff_lightning.data.mixing import Balance, mix
+from fairdiff_lightning.data.native import NativeDataset, Record, make_directory_once
+from fairdiff_lightning.data.resize import Region, Resize, centre_region, crop_to, resize_image, resize_mask
+from fairdiff_lightning.data.sample import AttributeSpec, Sample, collate, validate
+from fairdiff_lightning.data.samplers import GroupBalancedSampler, SequentialShards
+from fairdiff_lightning.data.seeding import derive_seed, generator
+from fairdiff_lightning.data.splits import Splits, check_disjoint, split_records
+
+Sampler = Literal["shuffle", "group_balanced"]
+EVALUATION = ("val", "test")
+
+
+class SegmentationDataset(Dataset[Sample]):
+    """Records of a native data set as samples of the contract: cropped, resized and cached.
+
+    Args:
+        dataset: reads a record.
+        records: which ones, in this order; a repeated record is decoded once.
+        attributes: names of the attributes that a sample carries.
+        size: height and width of a sample, pixels; None keeps the crop as it is.
+        crop: side of the centre crop taken first.
+        resize: how, see :func:`~fairdiff_lightning.data.resize.resize_image`.
+        native_mask: also give the mask at the file's own size, under ``native_mask``.
+        cache: where decoded samples are kept; with ``size=None`` nothing is.
+    """
+
+    def __init__(
+        self,
+        dataset: NativeDataset,
+        records: Sequence[Record],
+        attributes: Sequence[str],
+        size: tuple[int, int] | None = None,
+        crop: int | None = None,
+        resize: Resize = "area",
+        native_mask: bool = False,
+        cache: Storage = "none",
+    ) -> None:
+        self.dataset, self.attributes, self.size, self.crop, self.resize = dataset, attributes, size, crop, resize
+        self.native_mask, self.records = native_mask, list(records)
+        distinct = {record.id: record for record in records}
+        self._distinct = list(distinct.values())
+        rows = {name: row for row, name in enumerate(distinct)}
+        self._rows = [rows[record.id] for record in records]
+        self._sizes: dict[int, tuple[int, int]] = {}
+        self._cache = self._open_cache(cache)
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> Sample:
+        record, row = self.records[index], self._rows[index]
+        image, mask = self._cache.get(row, self._decode)
+        pixels = torch.from_numpy(np.array(image))
+        sample: Sample = {
+            "image": pixels.float().div_(255) if pixels.dtype == torch.uint8 else pixels,
+            "mask": torch.from_numpy(mask.astype(np.int64))[None],
+            "attributes": {name: torch.tensor(record.attributes[name]) for name in self.attributes},
+            "id": record.id,
+            "synthetic": torch.tensor(record.synthetic),
+        }
+        if self.native_mask:
+            native = self.dataset.read_arrays(record)[1]
+            sample["native_mask"] = torch.from_numpy(native.astype(np.int64))[None]
+            sample["region"] = torch.tensor(centre_region(native.shape, self.crop))
+            sample["native_size"] = torch.tensor(native.shape)
+        return sample
+
+    def groups(self, attribute: str) -> list[int]:
+        """Group index of every record."""
+        return [record.attributes[attribute] for record in self.records]
+
+    def decode_all(self) -> list[InvalidSampleError]:
+        """Decode every record once, filling the cache; return what could not be read."""
+        errors = []
+        for row in range(len(self._distinct)):
+            try:
+                self._cache.get(row, self._decode)
+            except InvalidSampleError as error:
+                errors.append(error)
+        return errors
+
+    def _decode(self, row: int) -> Arrays:
+        image, mask = self.dataset.read_arrays(self._distinct[row])
+        region: Region = centre_region(mask.shape, self.crop)
+        return (
+            resize_image(crop_to(image, region), self.size, self.resize),
+            resize_mask(crop_to(mask, region), self.size, self.resize),
+        )
+
+    def _open_cache(self, storage: Storage) -> SampleCache:
+        if storage == "none" or self.size is None or not self._distinct:
+            return NoCache()
+        files = [file for record in self._distinct for file in record.files.values()]
+        key = fingerprint(files, type(self.dataset).__name__, self.size, self.crop, self.resize)
+        dtype = np.dtype(np.uint8 if self.resize == "area" else np.float32)
+        shape = (self.dataset.channels, *self.size)
+        return open_cache(storage, key, len(self._distinct), shape, dtype, self.size)
+
+
+class SegmentationDataModule(LightningDataModule):
+    """Splits, mixes, caches and loads a native data set; subclasses add its constants and defaults.
+
+    Args:
+        dataset: reads and writes the files.
+        root: folder in the owner's layout; None writes a phantom into the cache folder and uses it.
+        attributes: attributes that a sample carries; the first is the one that ``balance`` and the sampler balance.
+        image_size: side, or height and width, of a sample, pixels; None keeps the crop as it is.
+        batch_size: samples in a batch, on each device.
+        num_workers: loader processes.
+        crop: side of the centre crop that is taken first, pixels.
+        resize: ``area`` (no aliasing, stays in [0, 1]) or ``zoom``, the reference's cubic spline.
+        fractions: shares of train, val and test among the patients or lesions.
+        split_seed: seed of the split.
+        groups: attribute -> names of the groups to keep in all splits.
+        drop_unknown: leave out samples of which one of ``attributes`` is unknown.
+        synthetic: folders of generated samples in the same layout, for training only.
+        balance: how real and synthetic samples are mixed, see :func:`~fairdiff_lightning.data.mixing.mix`.
+        total: size of the balanced training set.
+        sampler: ``group_balanced`` shows every group equally often in each epoch, also under DDP.
+        cache: keep decoded and resized samples in ``memory`` (shared by the loader's processes), on ``disk``, or not.
+        augment: random rotations and flips of the training batch, on its device.
+        evaluate_at: ``native`` also yields the mask at the file's own size in val and test, for metrics there.
+        on_error: ``skip`` decodes everything once in ``setup`` and leaves out, counts and reports what fails.
+        check: validate every batch against the sample contract; slow, for debugging.
+        seed: of sampling and augmentation.
+
+    Raises:
+        DatasetNotFoundError: in ``prepare_data``, when the tree is missing or another one.
+    """
+
+    def __init__(
+        self,
+        dataset: NativeDataset,
+        root: str | None = None,
+        attributes: Sequence[str] = (),
+        image_size: int | tuple[int, int] | None = 224,
+        batch_size: int = 16,
+        num_workers: int = 0,
+        crop: int | None = None,
+        resize: Resize = "area",
+        fractions: tuple[float, float, float] = (0.8, 0.1, 0.1),
+        split_seed: int = 0,
+        groups: Mapping[str, Sequence[str]] | None = None,
+        drop_unknown: bool = False,
+        synthetic: Sequence[str] = (),
+        balance: Balance = "none",
+        total: int | None = None,
+        sampler: Sampler = "shuffle",
+        cache: Storage = "memory",
+        augment: bool = True,
+        evaluate_at: Literal["input", "native"] = "input",
+        on_error: Literal["raise", "skip"] = "raise",
+        check: bool = False,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.dataset, self.root = dataset, root
+        self.attribute_specs = [self._spec(name) for name in attributes]
+        self.groups = {name: self._kept_groups(name, names) for name, names in (groups or {}).items()}
+        if (balance != "none" or sampler == "group_balanced") and not self.attribute_specs:
+            raise ValueError(f"balance={balance!r}, sampler={sampler!r} without attributes: name the one to balance.")
+        self.image_size = (image_size, image_size) if isinstance(image_size, int) else image_size
+        self.batch_size, self.num_workers, self.crop, self.resize = batch_size, num_workers, crop, resize
+        self.fractions, self.split_seed, self.drop_unknown = fractions, split_seed, drop_unknown
+        self.synthetic, self.balance, self.total, self.sampler = list(synthetic), balance, total, sampler
+        self.cache, self.evaluate_at, self.on_error, self.check, self.seed = cache, evaluate_at, on_error, check, seed
+        self.augmentation = RandomRotateFlip() if augment else None
+        self.splits: Splits = {}
+        self._datasets: dict[str, SegmentationDataset] = {}
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes, background first."""
+        return self.dataset.classes
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes, the background included."""
+        return len(self.dataset.classes)
+
+    @property
+    def in_channels(self) -> int:
+        """Channels of the image."""
+        return self.dataset.channels
+
+    @property
+    def intensity_range(self) -> tuple[float, float]:
+        """Smallest and largest value of the image; the reference's cubic spline leaves [0, 1] a little."""
+        return (0.0, 1.0) if self.resize == "area" else (-0.5, 1.5)
+
+    @property
+    def attribute_groups(self) -> dict[str, list[str]]:
+        """Attribute -> names of its groups, in the order of their indices."""
+        return {spec.name: list(spec.groups) for spec in self.attribute_specs}
+
+    @property
+    def num_groups(self) -> dict[str, int]:
+        """Attribute -> number of its groups."""
+        return {spec.name: len(spec) for spec in self.attribute_specs}
+
+    @property
+    def group_counts(self) -> dict[str, list[int]]:
+        """Attribute -> training samples of each group."""
+        train = self.splits.get("train", [])
+        return {s.name: [sum(r.attributes[s.name] == g for r in train) for g in range(len(s))] for s in self.attribute_specs}
+
+    def counts(self) -> dict[str, dict[str, dict[str, int]]]:
+        """Split -> attribute -> group name -> number of samples, unknown ones included."""
+        table: dict[str, dict[str, dict[str, int]]] = {}
+        for part, records in self.splits.items():
+            table[part] = {}
+            for spec in self.attribute_specs:
+                found = Counter(record.attributes[spec.name] for record in records)
+                table[part][spec.name] = {name: found[g] for g, name in enumerate(spec.groups)} | {"unknown": found[-1]}
+        return table
+
+    def prepare_data(self) -> None:
+        """Write the phantom when there is no root, and check that the tree is the expected one."""
+        if self.root is None:
+            folder = self._phantom_folder()
+            if not folder.is_dir():
+                rank_zero_info(f"root is empty: writing a {self.dataset.name} phantom to '{folder}' and using it.")
+            make_directory_once(folder, lambda path: self.dataset.write_phantom(path, seed=0))
+        for folder in (self.folder, *map(Path, self.synthetic)):
+            if not folder.is_dir():
+                raise self.dataset.not_found(folder, "no such folder")
+
+    @property
+    def folder(self) -> Path:
+        """The folder that is read: the root, or the phantom's."""
+        return Path(self.root) if self.root is not None else self._phantom_folder()
+
+    def setup(self, stage: str | None = None) -> None:
+        """Index, filter, split, mix and check; a second call does nothing."""
+        if self.splits:
+            return
+        index = self.dataset.index(self.folder)
+        records, left_out = self._filtered(index.records)
+        left_out = index.left_out | left_out
+        if not records:
+            raise ValueError(f"no {self.dataset.name} sample under '{self.folder}' is left: {left_out}.")
+        if self.on_error == "skip":
+            records, left_out = self._without_unreadable(records, left_out)
+        splits = split_records(records, self.fractions, self.split_seed)
+        splits["train"] = self._training_set(splits)
+        check_disjoint(splits)
+        self.splits = splits
+        self._report(left_out)
+
+    def on_before_batch_transfer(self, batch: Sample, dataloader_idx: int) -> Sample:
+        """Check the batch against the contract when asked to."""
+        if self.check:
+            validate(
+                batch,
+                num_classes=self.num_classes,
+                attributes=self.attribute_specs,
+                intensity_range=self.intensity_range,
+                batched=True,
+            )
+        return batch
+
+    def on_after_batch_transfer(self, batch: Sample, dataloader_idx: int) -> Sample:
+        """Augment a training batch on its device, from a seed of its own."""
+        trainer = self.trainer
+        if self.augmentation is None or trainer is None or not trainer.training:
+            return batch
+        draws = generator(self.seed, "augment", trainer.fit_loop.total_batch_idx, trainer.global_rank)
+        batch["image"], batch["mask"] = self.augmentation(batch["image"], batch["mask"], draws)
+        return batch
+
+    def train_dataloader(self) -> DataLoader[Sample]:
+        """Shuffled, or balanced by the first attribute."""
+        data = self._data("train")
+        replicas, rank = self._ranks()
+        sampler: DistributedSampler[Any] = (
+            GroupBalancedSampler(data.groups(self.attribute_specs[0].name), self.seed, replicas, rank)
+            if self.sampler == "group_balanced"
+            else DistributedSampler(data, replicas, rank, shuffle=True, seed=self.seed)
+        )
+        return self._loader(data, sampler)
+
+    def val_dataloader(self) -> DataLoader[Sample]:
+        """In order; under DDP padded so that every rank makes as many steps, as the wrapped network needs."""
+        replicas, rank = self._ranks()
+        data = self._data("val")
+        return self._loader(data, DistributedSampler(data, replicas, rank, shuffle=False))
+
+    def test_dataloader(self) -> DataLoader[Sample]:
+        """In order, every sample exactly once over all devices."""
+        data = self._data("test")
+        return self._loader(data, SequentialShards(data, *self._ranks()))
+
+    def predict_dataloader(self) -> DataLoader[Sample]:
+        """The test split, with the files' own sizes, so that predictions are written at these."""
+        data = self._data("predict")
+        return self._loader(data, SequentialShards(data, *self._ranks()))
+
+    def write_mask(self, directory: Path, sample_id: str, mask: torch.Tensor | NDArray[np.uint8]) -> Path:
+        """Store a predicted mask (1, H, W) or (H, W) of class indices in the data set's own format."""
+        array = np.asarray(mask, dtype=np.uint8).reshape(mask.shape[-2:])
+        return self.dataset.write_mask(Path(directory), sample_id, array)
+
+    def write_splits(self, path: Path) -> None:
+        """Write the split as a table: id, unit, split, synthetic, and the group of every attribute."""
+        with path.open("w", newline="") as stream:
+            rows = csv.writer(stream)
+            rows.writerow(["id", self.dataset.unit, "split", "synthetic", *self.attribute_groups])
+            for part, records in self.splits.items():
+                for r in records:
+                    rows.writerow([r.id, r.unit, part, int(r.synthetic), *(r.attributes[a] for a in self.attribute_groups)])
+
+    def _spec(self, name: str) -> AttributeSpec:
+        known = self.dataset.attributes
+        if name not in known:
+            raise ValueError(f"attributes: {self.dataset.name} has no '{name}'; it has {', '.join(known)}.")
+        return known[name]
+
+    def _kept_groups(self, attribute: str, names: Sequence[str]) -> set[int]:
+        spec = self._spec(attribute)
+        unknown = [name for name in names if name not in spec.groups]
+        if unknown:
+            raise ValueError(f"groups[{attribute}]: no group {unknown}; the groups are {', '.join(spec.groups)}.")
+        return {spec.groups.index(name) for name in names}
+
+    def _phantom_folder(self) -> Path:
+        return cache_root() / "phantoms" / f"{self.dataset.name.lower()}-1"
+
+    def _filtered(self, records: Sequence[Record]) -> tuple[list[Record], dict[str, int]]:
+        left_out: Counter[str] = Counter()
+        kept = []
+        for record in records:
+            unknown = [s.name for s in self.attribute_specs if record.attributes[s.name] < 0]
+            outside = [name for name, groups in self.groups.items() if record.attributes[name] not in groups]
+            if self.drop_unknown and unknown:
+                left_out[f"unknown {unknown[0]}"] += 1
+            elif outside:
+                left_out[f"{outside[0]} not asked for"] += 1
+            else:
+                kept.append(record)
+        return kept, dict(left_out)
+
+    def _without_unreadable(
+        self, records: list[Record], left_out: dict[str, int]
+    ) -> tuple[list[Record], dict[str, int]]:
+        errors = {}
+        for record in records:
+            try:
+                self.dataset.read_arrays(record)
+            except InvalidSampleError as error:
+                errors[record.id] = error
+        if not errors:
+            return records, left_out
+        first = next(iter(errors.values()))
+        kept = [record for record in records if record.id not in errors]
+        if not kept:
+            raise first
+        return kept, left_out | {f"unreadable, the first: {first}": len(errors)}
+
+    def _training_set(self, splits: Splits) -> list[Record]:
+        held_out = {r.id for part in EVALUATION for r in splits[part]}
+        synthetic, derived = [], 0
+        for folder in self.synthetic:
+            for record in self._filtered(self.dataset.index(Path(folder)).records)[0]:
+                if record.source in held_out:
+                    derived += 1
+                else:
+                    synthetic.append(replace(record, id=f"{Path(folder).name}/{record.id}", synthetic=True, split="train"))
+        if derived:
+            rank_zero_warn(f"{derived} synthetic samples are derived from validation or test cases and are left out.")
+        spec = self.attribute_specs[0] if self.attribute_specs else AttributeSpec("", ())
+        seed = derive_seed(self.seed, "mix") % 2**32
+        return mix(splits["train"], synthetic, self.balance, spec.name, spec.groups, self.total, seed)
+
+    def _report(self, left_out: Mapping[str, int]) -> None:
+        sizes = ", ".join(f"{part} {len(records)}" for part, records in self.splits.items())
+        rank_zero_info(f"{self.dataset.name} under '{self.folder}': {sizes}.")
+        if left_out:
+            rank_zero_warn("Left out: " + "; ".join(f"{count} {reason}" for reason, count in left_out.items()) + ".")
+        for spec in self.attribute_specs:
+            absent = [name for name, n in self.counts()["train"][spec.name].items() if not n and name != "unknown"]
+            if absent:
+                rank_zero_warn(f"No training sample of '{spec.name}' {', '.join(absent)}: that group cannot be learned.")
+        trainer = self.trainer
+        if trainer is not None and trainer.is_global_zero and trainer.log_dir and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            Path(trainer.log_dir).mkdir(parents=True, exist_ok=True)
+            self.write_splits(Path(trainer.log_dir) / "splits.csv")
+
+    def _data(self, part: str) -> SegmentationDataset:
+        if part not in self._datasets:
+            records = self.splits["test" if part == "predict" else part]
+            if not records:
+                raise ValueError(
+                    f"the {part} split of '{self.folder}' is empty: {self.fractions} of "
+                    f"{len(self.splits['train'])} training samples leave nothing for it. Give more data or other fractions."
+                )
+            native = part == "predict" or (part in EVALUATION and self.evaluate_at == "native")
+            self._datasets[part] = SegmentationDataset(
+                self.dataset,
+                records,
+                [spec.name for spec in self.attribute_specs],
+                self.image_size,
+                self.crop,
+                self.resize,
+                native,
+                self.cache,
+            )
+        return self._datasets[part]
+
+    def _ranks(self) -> tuple[int, int]:
+        return (self.trainer.world_size, self.trainer.global_rank) if self.trainer is not None else (1, 0)
+
+    def _loader(self, data: SegmentationDataset, sampler: DistributedSampler[Any]) -> DataLoader[Sample]:
+        return DataLoader(
+            dataset=data,
+            batch_size=self.batch_size,
+            sampler=sampler,
+            num_workers=self.num_workers,
+            collate_fn=cast(Any, collate),
+            pin_memory=torch.cuda.is_available(),
+            persistent_workers=self.num_workers > 0,
+            generator=generator(self.seed, "loader"),
+        )
