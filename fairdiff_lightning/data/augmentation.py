@@ -35,10 +35,19 @@ class RandomRotateFlip(nn.Module):
         Returns:
             Image and mask of the same shapes.
         """
+        return self.transform(image, mask, self.draw(len(image), image.shape[-2] == image.shape[-1], generator))
+
+    def transform(self, image: Tensor, mask: Tensor, matrices: Tensor) -> tuple[Tensor, Tensor]:
+        """Resample image (B, C, H, W) and mask (B, 1, H, W) about their centre.
+
+        Args:
+            image: floating point.
+            mask: class indices.
+            matrices: (B, 2, 2), output to input coordinates (x, y) in pixels.
+        """
         height, width = image.shape[-2:]
-        theta = self.draw(len(image), height == width, generator)
         aspect = torch.tensor([[1.0, height / width], [width / height, 1.0]])
-        theta = F.pad(theta * aspect, (0, 1)).to(image.device, image.dtype, non_blocking=True)
+        theta = F.pad(matrices * aspect, (0, 1)).to(image.device, image.dtype, non_blocking=True)
         grid = F.affine_grid(theta, [len(image), 1, height, width], align_corners=False)
         moved = F.grid_sample(image, grid, self.interpolation, "zeros", align_corners=False)
         labels = F.grid_sample(mask.to(image.dtype), grid, "nearest", "zeros", align_corners=False)
@@ -47,9 +56,8 @@ class RandomRotateFlip(nn.Module):
     def draw(self, count: int, square: bool, generator: torch.Generator | None = None) -> Tensor:
         """Draw the (count, 2, 2) matrices that map output to input coordinates (x, y)."""
         branch = torch.rand(2, count, generator=generator) < self.p
-        quarter = torch.randint(4, (count,), generator=generator) if square else (
-            torch.randint(2, (count,), generator=generator) * 2
-        )
+        turns, step = (4, 1) if square else (2, 2)
+        quarter = torch.randint(turns, (count,), generator=generator) * step
         axis = torch.randint(2, (count,), generator=generator)
         free = torch.randint(-self.degrees, max(self.degrees, 1 - self.degrees), (count,), generator=generator)
         angle = torch.where(branch[0], quarter * (torch.pi / 2), free * (torch.pi / 180) * branch[1])

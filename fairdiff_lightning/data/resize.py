@@ -6,8 +6,11 @@ from typing import Any, Literal
 
 import cv2
 import numpy as np
+import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from scipy import ndimage
+from torch import Tensor
 
 Resize = Literal["area", "zoom"]
 Region = tuple[int, int, int, int]
@@ -57,3 +60,25 @@ def resize_mask(mask: NDArray[np.uint8], size: tuple[int, int] | None, method: R
 
 def _channels_first(image: NDArray[Any]) -> NDArray[Any]:
     return image[None] if image.ndim == 2 else image.transpose(2, 0, 1)
+
+
+def restore_mask(logits: Tensor, region: Tensor, native_size: Tensor) -> Tensor | list[Tensor]:
+    """Turn logits of resized crops into masks at the files' own sizes, background outside the crop.
+
+    Args:
+        logits: (B, K, h, w).
+        region: (B, 4) top, left, height, width of each crop in its file, pixels.
+        native_size: (B, 2) height and width of each file, pixels.
+
+    Returns:
+        int64 masks (B, 1, H, W), or a list of (1, H, W) when the files differ in size.
+    """
+    frames = torch.cat([region, native_size], 1).tolist()
+    if all(frame == frames[0] for frame in frames):
+        return _restore(logits, *frames[0])
+    return [_restore(one[None], *frame)[0] for one, frame in zip(logits, frames, strict=True)]
+
+
+def _restore(logits: Tensor, top: int, left: int, height: int, width: int, full_h: int, full_w: int) -> Tensor:
+    mask = F.interpolate(logits.float(), (height, width), mode="bilinear").argmax(1, keepdim=True)
+    return F.pad(mask, (left, full_w - left - width, top, full_h - top - height))

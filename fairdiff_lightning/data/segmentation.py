@@ -98,16 +98,6 @@ class SegmentationDataset(Dataset[Sample]):
         """Group index of every record."""
         return [record.attributes[attribute] for record in self.records]
 
-    def decode_all(self) -> list[InvalidSampleError]:
-        """Decode every record once, filling the cache; return what could not be read."""
-        errors = []
-        for row in range(len(self._distinct)):
-            try:
-                self._cache.get(row, self._decode)
-            except InvalidSampleError as error:
-                errors.append(error)
-        return errors
-
     def _decode(self, row: int) -> Arrays:
         image, mask = self.dataset.read_arrays(self._distinct[row])
         region: Region = centre_region(mask.shape, self.crop)
@@ -149,7 +139,7 @@ class SegmentationDataModule(LightningDataModule):
         cache: keep decoded and resized samples in ``memory`` (shared by the loader's processes), on ``disk``, or not.
         augment: random rotations and flips of the training batch, on its device.
         evaluate_at: ``native`` also yields the mask at the file's own size in val and test, for metrics there.
-        on_error: ``skip`` decodes everything once in ``setup`` and leaves out, counts and reports what fails.
+        on_error: ``skip`` reads every file once in ``setup`` and leaves out, counts and reports what cannot be read.
         check: validate every batch against the sample contract; slow, for debugging.
         seed: of sampling and augmentation.
 

@@ -1,0 +1,123 @@
+"""``fairdiff fit|validate|test|predict``: one LightningCLI for every module and data module, ours or the user's."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+
+import fairdiff_lightning.data
+import fairdiff_lightning.modules  # noqa: F401 - both make bare class names known to the parser
+from fairdiff_lightning.callbacks import EpochSeed, ExpertUsageHeatMap, FairnessReport, PredictionWriter, SampleGrid
+from fairdiff_lightning.version import __version__
+
+LINKED = ("num_classes", "in_channels", "image_size", "num_groups")
+"""What a data module knows and a module is built from; classes without such an attribute or argument are left alone."""
+
+
+class FairDiffCLI(LightningCLI):
+    """LightningCLI with both subclass modes, data linked to the model, and callbacks that one wants anyway.
+
+    Unless the configuration has its own: training keeps ``best.ckpt`` (by the module's ``monitor``) and ``last.ckpt``
+    and logs sample grids and expert usage, testing writes the fairness report, predicting writes the masks.
+    ``--ckpt_path best|last`` also finds the newest such checkpoint of an earlier process below ``default_root_dir``.
+    """
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Link the data's facts to the model."""
+        for name in LINKED:
+            parser.link_arguments(f"data.{name}", f"model.init_args.{name}", apply_on="instantiate")
+
+    def before_instantiate_classes(self) -> None:
+        """Turn ``best`` and ``last`` into the path of the newest such checkpoint."""
+        config = self.config[self.subcommand] if self.subcommand else self.config
+        if config.get("return_predictions", None) is None and self.subcommand == "predict":
+            config.return_predictions = False
+        wanted = config.get("ckpt_path", None)
+        if wanted in ("best", "last"):
+            root = Path(config.trainer.default_root_dir or os.getcwd())
+            config.ckpt_path = str(newest_checkpoint(root, wanted))
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Add the callbacks that this subcommand wants and the configuration does not have."""
+        given = self._get(self.config_init, "trainer", default={}).get("callbacks") or []
+        present = {type(c) for c in (given if isinstance(given, list) else [given])}
+        added = [c for c in self.default_callbacks() if type(c) not in present]
+        return super().instantiate_trainer(callbacks=[*(given if isinstance(given, list) else [given]), *added], **kwargs)
+
+    def default_callbacks(self) -> list[Callback]:
+        """The callbacks of a subcommand."""
+        trainer = self._get(self.config_init, "trainer", default={})
+        if self.subcommand == "test":
+            return [FairnessReport()]
+        if self.subcommand == "predict":
+            return [PredictionWriter()]
+        if self.subcommand != "fit":
+            return [SampleGrid()]
+        callbacks: list[Callback] = [EpochSeed(), SampleGrid(), ExpertUsageHeatMap()]
+        if trainer.get("enable_checkpointing") is False or trainer.get("fast_dev_run"):
+            return callbacks
+        monitor = getattr(self.model, "monitor", None)
+        return [*callbacks, *([_best(monitor)] if monitor else []), _last()]
+
+
+def newest_checkpoint(root: Path, name: str) -> Path:
+    """The newest ``<name>.ckpt`` below a folder.
+
+    Raises:
+        FileNotFoundError: when there is none.
+    """
+    found = sorted(root.rglob(f"{name}.ckpt"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise FileNotFoundError(
+            f"--ckpt_path {name}: no '{name}.ckpt' below '{root.resolve()}'. Give the path of a checkpoint, or the "
+            "folder of the run with --trainer.default_root_dir."
+        )
+    return found[-1]
+
+
+def _best(monitor: str) -> ModelCheckpoint:
+    return ModelCheckpoint(
+        filename="best", monitor=monitor, mode="max", auto_insert_metric_name=False, enable_version_counter=False
+    )
+
+
+def _last() -> ModelCheckpoint:
+    return ModelCheckpoint(
+        filename="last", save_on_train_epoch_end=True, auto_insert_metric_name=False, enable_version_counter=False
+    )
+
+
+def build_cli(args: ArgsType = None, run: bool = True) -> FairDiffCLI:
+    """Make the CLI; with ``run=False`` the model, data and trainer are made and nothing is run.
+
+    Args:
+        args: command line as a list of strings, or the configuration as a dict; ``sys.argv`` when None.
+        run: whether the subcommand is run.
+    """
+    return FairDiffCLI(
+        LightningModule,
+        LightningDataModule,
+        save_config_callback=SaveConfigCallback,
+        save_config_kwargs={"overwrite": True},
+        seed_everything_default=0,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        auto_configure_optimizers=False,
+        parser_kwargs={"parser_mode": "omegaconf", "version": __version__},
+        args=args,
+        run=run,
+    )
+
+
+def main(args: ArgsType = None) -> None:
+    """Entry point of ``fairdiff``.
+
+    Args:
+        args: command line as a list of strings; ``sys.argv`` when None.
+    """
+    build_cli(args)

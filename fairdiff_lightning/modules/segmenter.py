@@ -1,0 +1,296 @@
+"""Plain segmentation: any network, the papers' losses, and metrics for every group."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, cast
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+
+from fairdiff_lightning.data.resize import restore_mask
+from fairdiff_lightning.data.sample import Sample
+from fairdiff_lightning.losses import FEBSLoss, FocalLoss, dice_ce_loss
+from fairdiff_lightning.metrics import GroupedScores
+from fairdiff_lightning.metrics.functional import EmptyPolicy, dice_score, equity_scaled
+from fairdiff_lightning.modules.schedules import RunLengthSchedule
+from fairdiff_lightning.networks.build import NetworkName, build_network
+from fairdiff_lightning.networks.checkpoint import LoadReport, Source, check_state_dict, describe, read_state_dict
+
+EVERYONE = "everyone"
+"""Table of scores of a module without attributes."""
+
+
+class Segmenter(LightningModule):
+    """Semantic segmentation with Dice and IoU for every group of every attribute.
+
+    Args:
+        network: ``vit_b16``, ``r50_vit_b16`` and ``tiny`` are TransUNets, the others MONAI's.
+        network_args: further arguments of the network.
+        num_classes: number of classes, the background included.
+        in_channels: channels of the image.
+        image_size: side, or height and width, of what the network sees, pixels; None means ``roi_size``.
+        num_groups: attribute -> number of its groups; metrics are logged for each.
+        attribute: the attribute that the loss, the routing and the choice of the best checkpoint look at; the first of
+            ``num_groups`` when None.
+        loss: ``dice_ce``, ``febs`` (FairSeg's fair error-bound scaling of the Dice term) or ``focal``.
+        ce_weight: weight of the cross-entropy.
+        dice_weight: weight of the Dice term.
+        gamma: exponent of the FEBS weights.
+        empty: Dice and IoU of a class that the truth lacks, see
+            :func:`~fairdiff_lightning.metrics.functional.dice_score`; ``reference`` is the papers' code.
+        inference: ``whole`` images, or ``sliding`` windows of ``roi_size`` blended by a Gaussian.
+        roi_size: side, or height and width, of a window.
+        overlap: share of a window that the next one covers again.
+        init_from: checkpoint (ours) whose network weights training starts from.
+        compile: compile the network in place before the first step.
+        optimizer: built on the trainable parameters.
+        lr_scheduler: built on the optimizer; one of :mod:`~fairdiff_lightning.modules.schedules` learns the run's
+            length by itself.
+        lr_interval: when the scheduler steps.
+
+    Shapes:
+        image (B, C, H, W) in [0, 1]; mask (B, 1, H, W) class indices; logits (B, K, H, W).
+
+    Logs:
+        ``train/loss``; and for val and test ``loss``, ``dice``, ``iou`` (mean over images, then over the foreground
+        classes), ``dice/class_<k>``, and for each attribute ``es_dice/<attribute>``, ``es_iou/<attribute>``,
+        ``worst_dice/<attribute>``, ``gap_dice/<attribute>`` and ``dice/<attribute>/<group>``.
+    """
+
+    def __init__(
+        self,
+        network: NetworkName = "tiny",
+        network_args: dict[str, Any] | None = None,
+        num_classes: int = 2,
+        in_channels: int = 3,
+        image_size: int | tuple[int, int] | None = 224,
+        num_groups: dict[str, int] | None = None,
+        attribute: str | None = None,
+        loss: Literal["dice_ce", "febs", "focal"] = "dice_ce",
+        ce_weight: float = 0.5,
+        dice_weight: float = 0.5,
+        gamma: float = 1.0,
+        empty: EmptyPolicy = "skip",
+        inference: Literal["whole", "sliding"] = "whole",
+        roi_size: int | tuple[int, int] = 224,
+        overlap: float = 0.5,
+        init_from: str | None = None,
+        compile: bool = False,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        lr_interval: Literal["step", "epoch"] = "step",
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters(ignore=["optimizer", "lr_scheduler"])
+        self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
+        self.empty: EmptyPolicy = empty
+        self.num_groups = dict(num_groups or {})
+        self.attribute = self._checked_attribute(attribute, needed=loss == "febs")
+        self.network = build_network(network, in_channels, num_classes, image_size or roi_size, self.network_arguments())
+        self.loss = self._make_loss()
+        self.tables = nn.ModuleDict({stage: self._make_tables() for stage in ("val", "test")})
+        if init_from is not None:
+            self.load_network(init_from)
+
+    @property
+    def monitor(self) -> str:
+        """The logged value that the best checkpoint maximises."""
+        return f"val/es_dice/{self.attribute}" if self.attribute else "val/dice"
+
+    def network_arguments(self) -> dict[str, Any]:
+        """Arguments of the network beside its name, classes, channels and size."""
+        return dict(self.hparams["network_args"] or {})
+
+    def setup(self, stage: str) -> None:
+        """Check that the data are what the network was built for, and compile it."""
+        self._check_data(getattr(self.trainer, "datamodule", None))
+        if self.hparams["compile"]:
+            self.network.compile()
+
+    def forward(self, image: Tensor, group: Tensor | None = None) -> Tensor:
+        """Logits (B, K, H, W); a plain network does not look at the group."""
+        logits: Tensor = self.network(image)
+        return logits
+
+    def losses(self, batch: Sample) -> dict[str, Tensor]:
+        """Named loss terms of a batch; ``loss`` is what is minimised."""
+        return {"loss": self.objective(self(batch["image"], self.group(batch)), batch)}
+
+    def objective(self, logits: Tensor, batch: Sample) -> Tensor:
+        """The segmentation loss of the logits, a scalar."""
+        arguments = (logits, batch["mask"])
+        loss: Tensor = self.loss(*arguments, self.group(batch)) if isinstance(self.loss, FEBSLoss) else self.loss(*arguments)
+        return loss
+
+    def group(self, batch: Sample) -> Tensor | None:
+        """Group indices (B,) of the module's attribute, None when it looks at no attribute."""
+        return batch["attributes"][self.attribute] if self.attribute else None
+
+    def training_step(self, batch: Sample, batch_idx: int) -> Tensor:
+        """One step on a batch of the contract."""
+        losses = self.losses(batch)
+        named = {f"train/{name}": value.detach() for name, value in losses.items()}
+        self.log_dict(named, prog_bar=True, batch_size=len(batch["image"]))
+        return losses["loss"]
+
+    def validation_step(self, batch: Sample, batch_idx: int) -> dict[str, Any]:
+        """Scores of a batch; also what pictures are made of."""
+        return self._evaluate(batch, "val")
+
+    def test_step(self, batch: Sample, batch_idx: int) -> dict[str, Any]:
+        """Scores of a batch, at the files' own size when the data module gives the masks at it."""
+        return self._evaluate(batch, "test")
+
+    def predict_step(self, batch: Sample, batch_idx: int) -> dict[str, Any]:
+        """Masks (1, H, W) of class indices, at the files' own sizes when the batch tells them, with their ids."""
+        return {"id": batch["id"], "mask": self._decide(self.infer(batch, "predict"), batch)}
+
+    def infer(self, batch: Sample, stage: str) -> Tensor:
+        """Logits of a batch by the chosen inference; every window knows the group of its image."""
+        image, group = batch["image"], self.group(batch)
+        if self.hparams["inference"] == "whole":
+            return self(image, group)
+        from monai.inferers import sliding_window_inference
+
+        carried = image if group is None else torch.cat([image, _group_channel(group, image)], 1)
+        logits: Tensor = sliding_window_inference(
+            carried, self.hparams["roi_size"], len(image), self._segment_window, self.hparams["overlap"], mode="gaussian"
+        )
+        return logits
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the scores of the epoch."""
+        self._log_tables("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log the scores of the test."""
+        self._log_tables("test")
+
+    def configure_optimizers(self) -> Any:
+        """The optimizer on what is trainable, and its schedule."""
+        optimizer = self.optimizer(p for p in self.parameters() if p.requires_grad)
+        if self.lr_scheduler is None:
+            return optimizer
+        scheduler = self.lr_scheduler(optimizer)
+        if isinstance(scheduler, RunLengthSchedule) and scheduler.total_steps is None:
+            scheduler.total_steps = int(self.trainer.estimated_stepping_batches)
+        config = {"scheduler": scheduler, "interval": self.hparams["lr_interval"], "monitor": self.monitor}
+        return {"optimizer": optimizer, "lr_scheduler": config}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Say by name what does not fit when the checkpoint is of another architecture."""
+        check_state_dict(checkpoint["state_dict"], self.state_dict(), "checkpoint")
+
+    def load_network(self, source: Source) -> None:
+        """Load the network's weights from a checkpoint of any of our segmentation modules, strictly.
+
+        Raises:
+            CheckpointMismatchError: naming every missing, unexpected or misshapen tensor.
+        """
+        state = read_state_dict(source)
+        weights = {name.removeprefix("network."): w for name, w in state.items() if name.startswith("network.")}
+        check_state_dict(weights, self.network.state_dict(), describe(source))
+        self.network.load_state_dict(weights)
+
+    def load_reference_weights(self, source: Source) -> LoadReport:
+        """Load the checkpoint that the paper's authors publish; see the network's own method."""
+        load = getattr(self.network, "load_reference_weights", None)
+        if load is None:
+            raise TypeError(f"the authors published no weights for network {self.hparams['network']!r}.")
+        return cast(LoadReport, load(source))
+
+    def _segment_window(self, window: Tensor) -> Tensor:
+        if not self.attribute:
+            return self(window)
+        return self(window[:, :-1], _read_group_channel(window[:, -1]))
+
+    def _decide(self, logits: Tensor, batch: Sample) -> Tensor | list[Tensor]:
+        if "region" in batch:
+            return restore_mask(logits, batch["region"], batch["native_size"])
+        return logits.argmax(1, keepdim=True)
+
+    def _evaluate(self, batch: Sample, stage: str) -> dict[str, Any]:
+        logits = self.infer(batch, stage)
+        self.log(f"{stage}/loss", self.objective(logits, batch), batch_size=len(batch["image"]), sync_dist=True)
+        prediction, truth = self._decide(logits, batch), batch.get("native_mask", batch["mask"])
+        dice = self._dice(prediction, truth)
+        scores = {"dice": dice, "iou": dice / (2 - dice)}
+        for name, tables in self._stage_tables(stage).items():
+            for attribute, table in tables.items():
+                everyone = torch.zeros(len(dice), dtype=torch.int64, device=dice.device)
+                table.update(scores[name], batch["attributes"][attribute] if attribute != EVERYONE else everyone)
+        return {"prediction": prediction, **scores}
+
+    def _dice(self, prediction: Tensor | list[Tensor], truth: Tensor | list[Tensor]) -> Tensor:
+        if isinstance(prediction, Tensor) and isinstance(truth, Tensor):
+            return dice_score(prediction, truth, self.hparams["num_classes"], self.empty)
+        return torch.cat([self._dice(p[None], t[None]) for p, t in zip(prediction, truth, strict=True)])
+
+    def _stage_tables(self, stage: str) -> dict[str, dict[str, GroupedScores]]:
+        return cast(dict[str, dict[str, GroupedScores]], self.tables[stage])
+
+    def _log_tables(self, stage: str) -> None:
+        names = getattr(getattr(self.trainer, "datamodule", None), "attribute_groups", {})
+        values: dict[str, Tensor] = {}
+        for metric, tables in self._stage_tables(stage).items():
+            for attribute, table in tables.items():
+                result = table.compute()
+                overall, groups = result["overall"], result["group"]
+                values[f"{stage}/{metric}"] = result["mean"]
+                values |= {f"{stage}/{metric}/class_{c + 1}": value for c, value in enumerate(overall)}
+                if attribute != EVERYONE:
+                    values[f"{stage}/es_{metric}/{attribute}"] = equity_scaled(overall, groups).nanmean()
+                    values[f"{stage}/worst_{metric}/{attribute}"] = result["worst_group"]
+                    values[f"{stage}/gap_{metric}/{attribute}"] = result["max_gap"]
+                    labels = names.get(attribute, range(len(groups)))
+                    means = zip(labels, groups.nanmean(1), strict=True)
+                    values |= {f"{stage}/{metric}/{attribute}/{label}": mean for label, mean in means}
+                table.reset()
+        self.log_dict(values, sync_dist=True)
+
+    def _make_loss(self) -> nn.Module:
+        h = self.hparams
+        if h["loss"] == "febs":
+            return FEBSLoss(self.num_groups[str(self.attribute)], h["gamma"], h["ce_weight"], h["dice_weight"])
+        return FocalLoss() if h["loss"] == "focal" else dice_ce_loss(h["ce_weight"], h["dice_weight"])
+
+    def _make_tables(self) -> nn.ModuleDict:
+        groups, classes = self.num_groups or {EVERYONE: 1}, self.hparams["num_classes"]
+        return nn.ModuleDict(
+            {name: nn.ModuleDict({a: GroupedScores(classes, n) for a, n in groups.items()}) for name in ("dice", "iou")}
+        )
+
+    def _checked_attribute(self, attribute: str | None, needed: bool) -> str | None:
+        if attribute is None and self.num_groups:
+            return next(iter(self.num_groups))
+        if (attribute is None and needed) or (attribute is not None and attribute not in self.num_groups):
+            known = ", ".join(f"{a} ({n} groups)" for a, n in self.num_groups.items()) or "none"
+            raise ValueError(
+                f"attribute={attribute!r}: num_groups names {known}. Give num_groups={{'<attribute>': <groups>}}; with "
+                "the CLI it comes from the data module's `attributes`."
+            )
+        return attribute
+
+    def _check_data(self, data: Any) -> None:
+        for name in ("num_classes", "in_channels"):
+            has, built = getattr(data, name, None), self.hparams[name]
+            if has is not None and has != built:
+                raise ValueError(f"{name}: {type(data).__name__} has {has}, the network was built for {built}.")
+        has = getattr(data, "num_groups", None)
+        for attribute, built in self.num_groups.items():
+            if has is not None and has.get(attribute) != built:
+                raise ValueError(
+                    f"attribute '{attribute}': {type(data).__name__} has "
+                    f"{has.get(attribute, 'no such attribute')!s} groups, the module was built for {built}."
+                )
+
+
+def _group_channel(group: Tensor, image: Tensor) -> Tensor:
+    """The group as a constant channel; padding adds zeros, so indices are stored plus two."""
+    return (group + 2).to(image.dtype).view(-1, 1, 1, 1).expand(-1, 1, *image.shape[2:])
+
+
+def _read_group_channel(channel: Tensor) -> Tensor:
+    return channel.flatten(1).amax(1).round().to(torch.int64) - 2

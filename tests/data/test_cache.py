@@ -1,0 +1,123 @@
+import errno
+import os
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from fairdiff_lightning.data import HAM10000, SegmentationDataset, collate
+from fairdiff_lightning.data.cache import ArrayCache, DiskAllocator, NoCache, allocate_in_memory, fingerprint
+
+
+class Counting(HAM10000):
+    """Counts how often a file is decoded."""
+
+    decoded = 0
+
+    def read_arrays(self, record):
+        type(self).decoded += 1
+        return super().read_arrays(record)
+
+
+@pytest.fixture
+def records(tmp_path, monkeypatch):
+    monkeypatch.setenv("FAIRDIFF_CACHE", str(tmp_path / "cache"))
+    Counting.decoded = 0
+    for i in range(5):
+        image = torch.full((3, 20, 30), i / 10)
+        HAM10000().write(
+            tmp_path / "data", {"image": image, "mask": torch.ones(1, 20, 30), "attributes": {}, "id": f"ISIC_{i}"}
+        )
+    return HAM10000().index(tmp_path / "data").records
+
+
+def dataset(records, cache, size=(8, 12)):
+    return SegmentationDataset(Counting(), records, ["age"], size, cache=cache)
+
+
+@pytest.mark.parametrize("cache", ["none", "memory", "disk"])
+def test_cached_samples_equal_decoded_ones(records, cache):
+    plain, cached = dataset(records, "none"), dataset(records, cache)
+    for _ in range(2):
+        for a, b in zip(plain, cached, strict=True):
+            assert torch.equal(a["image"], b["image"])
+            assert torch.equal(a["mask"], b["mask"])
+
+
+def test_a_file_is_decoded_once_even_when_its_record_is_repeated(records):
+    data = dataset([*records, *records], "memory")
+    first, second = [s["image"] for s in data][::5]
+    assert Counting.decoded == 5
+    assert torch.equal(first, second)
+
+
+def test_changing_a_sample_does_not_change_the_cache(records):
+    data = dataset(records, "memory")
+    data[0]["image"].zero_()
+    assert data[0]["image"].max() >= 0
+    data[1]["image"].zero_()
+    assert data[1]["image"].max() > 0
+
+
+def test_loader_processes_share_memory(records):
+    data = dataset(records, "memory")
+    for _ in DataLoader(data, batch_size=2, num_workers=2, collate_fn=collate):
+        pass
+    assert data._cache.filled.all()
+
+
+def test_the_disk_cache_outlives_the_run_and_knows_content_and_settings(records):
+    list(dataset(records, "disk"))
+    assert Counting.decoded == 5
+    list(dataset(records, "disk"))
+    assert Counting.decoded == 5
+    list(dataset(records, "disk", size=(6, 6)))
+    assert Counting.decoded == 10
+    os.utime(records[0].files["image"], ns=(1, 1))
+    list(dataset(records, "disk"))
+    assert Counting.decoded == 15
+
+
+def test_the_key_names_files_and_settings(tmp_path):
+    file = tmp_path / "a"
+    file.write_text("one")
+    keys = {fingerprint([file], 1), fingerprint([file], 2), fingerprint([file, file], 1)}
+    file.write_text("three")
+    assert len(keys | {fingerprint([file], 1)}) == 4
+
+
+def test_a_sample_that_was_half_written_is_never_read(tmp_path):
+    def dies(_):
+        raise KeyboardInterrupt
+
+    cache = ArrayCache(DiskAllocator(tmp_path), 2, (1, 2, 2), np.dtype(np.uint8), (2, 2))
+    with pytest.raises(KeyboardInterrupt):
+        cache.get(0, dies)
+    whole = (np.ones((1, 2, 2), np.uint8), np.ones((2, 2), np.uint8))
+    again = ArrayCache(DiskAllocator(tmp_path), 2, (1, 2, 2), np.dtype(np.uint8), (2, 2))
+    assert again.get(0, lambda _: whole)[0].all()
+
+
+def test_a_full_disk_costs_the_cache_not_the_run(records, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.warns(UserWarning, match="No space left on device.*FAIRDIFF_CACHE") as caught:
+        data = dataset(records, "disk")
+    assert len(caught) == 1
+    assert isinstance(data._cache, NoCache)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(list(data)) == 5
+
+
+def test_a_pickled_memory_cache_starts_anew():
+    import pickle
+
+    cache = ArrayCache(allocate_in_memory, 3, (1, 2, 2), np.dtype(np.float32), (2, 2))
+    cache.get(1, lambda _: (np.full((1, 2, 2), 0.5), np.ones((2, 2))))
+    copy = pickle.loads(pickle.dumps(cache))
+    assert (cache.filled.tolist(), copy.filled.tolist()) == ([0, 1, 0], [0, 0, 0])

@@ -1,0 +1,193 @@
+import csv
+
+import numpy as np
+import pytest
+import torch
+
+from fairdiff_lightning.data import (
+    FairSeg,
+    FairSegDataModule,
+    HAM10000DataModule,
+    InvalidSampleError,
+    validate,
+)
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("FAIRDIFF_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+def ready(module_class=FairSegDataModule, **arguments):
+    data = module_class(**({"image_size": (24, 32), "batch_size": 16} | arguments))
+    data.prepare_data()
+    data.setup()
+    return data
+
+
+@pytest.mark.parametrize("module_class", [FairSegDataModule, HAM10000DataModule])
+@pytest.mark.parametrize("resize", ["area", "zoom"])
+def test_every_loader_yields_the_contract(module_class, resize):
+    data = ready(module_class, resize=resize)
+    for loader in (data.train_dataloader(), data.val_dataloader(), data.test_dataloader(), data.predict_dataloader()):
+        batch = next(iter(loader))
+        validate(
+            batch,
+            num_classes=data.num_classes,
+            attributes=data.attribute_specs,
+            intensity_range=data.intensity_range,
+            batched=True,
+        )
+        assert batch["image"].shape[1:] == (data.in_channels, 24, 32)
+
+
+@pytest.mark.parametrize(("module_class", "attribute"), [(FairSegDataModule, "race"), (HAM10000DataModule, "age")])
+def test_phantoms_are_unbalanced_and_shifted_by_group(module_class, attribute):
+    data = ready(module_class)
+    counts = data.group_counts[attribute]
+    assert min(counts) > 0
+    assert max(counts) > 4 * min(counts)
+    train = data._data("train")
+    groups = torch.tensor(train.groups(attribute))
+    contrast = torch.stack([_contrast(sample) for sample in train])
+    means = [float(contrast[groups == g].mean()) for g in range(len(counts))]
+    assert max(means) > 0.05 > -0.02 > min(means), "lesion or disc are bright in some groups and dark in others"
+
+
+def _contrast(sample):
+    image, inside = sample["image"].mean(0), sample["mask"][0] > 0
+    return image[inside].mean() - image[~inside].mean()
+
+
+def test_phantom_is_written_once_and_the_same_everywhere(tmp_path):
+    FairSeg().write_phantom(tmp_path / "a", seed=0)
+    FairSeg().write_phantom(tmp_path / "b", seed=0)
+    for file in list((tmp_path / "a").glob("*.npz"))[::40]:
+        with np.load(file) as a, np.load(tmp_path / "b" / file.name) as b:
+            assert all(np.array_equal(a[key], b[key]) for key in a.files)
+
+
+def test_batches_depend_on_the_seed_alone():
+    ids = [[i for batch in ready(seed=seed).train_dataloader() for i in batch["id"]] for seed in (0, 0, 1)]
+    assert ids[0] == ids[1] != ids[2]
+    assert sorted(ids[0]) == sorted(ids[2])
+
+
+def test_group_filter_keeps_only_what_is_asked_for():
+    data = ready(groups={"race": ["Black"], "gender": ["Female"]})
+    kept = [r for records in data.splits.values() for r in records]
+    assert {r.attributes["race"] for r in kept} == {1}
+    assert {r.attributes["gender"] for r in kept} == {0}
+
+
+def test_unknown_names_say_what_there_is():
+    with pytest.raises(ValueError, match=r"no 'colour'; it has race, gender.*age"):
+        FairSegDataModule(attributes=["colour"])
+    with pytest.raises(ValueError, match=r"no group \['Blue'\]; the groups are Asian, Black, White"):
+        FairSegDataModule(groups={"race": ["Blue"]})
+    with pytest.raises(ValueError, match="name the one to balance"):
+        FairSegDataModule(attributes=[], balance="oversample")
+
+
+def test_a_group_without_training_samples_is_reported(tmp_path):
+    write_folder(tmp_path, [0] * 6 + [2] * 6)
+    with pytest.warns(UserWarning, match="No training sample of 'race' Black"):
+        ready(root=str(tmp_path), race_codes="public")
+
+
+def test_unknown_groups_are_kept_counted_and_dropped_when_asked(tmp_path):
+    write_folder(tmp_path, [0] * 8 + [1] * 8 + [-1] * 4)
+    data = ready(root=str(tmp_path), race_codes="public")
+    assert sum(table["race"]["unknown"] for table in data.counts().values()) == 4
+    with pytest.warns(UserWarning, match="4 unknown race"):
+        dropped = ready(root=str(tmp_path), race_codes="public", drop_unknown=True)
+    assert sum(table["race"]["unknown"] for table in dropped.counts().values()) == 0
+
+
+def test_oversampling_and_balanced_sampler_equalise_groups():
+    over = ready(balance="oversample")
+    assert len(set(over.group_counts["race"])) == 1
+    assert over.counts()["test"] == ready().counts()["test"]
+    groups = torch.cat([b["attributes"]["race"] for b in ready(sampler="group_balanced").train_dataloader()])
+    assert len(set(groups.bincount().tolist())) == 1
+
+
+def write_folder(folder, races, start=0, **extra):
+    for i, race in enumerate(races, start):
+        path = folder / f"syn_{i:05d}.npz"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        mask = np.zeros((12, 16), np.int8)
+        mask[4:8, 4:8] = -1
+        np.savez(path, slo_fundus=np.full((12, 16), 9 * race + 20), disc_cup_mask=mask, race=race, **extra)
+
+
+def test_synthetic_folders_are_read_by_the_same_reader_for_training_only(tmp_path):
+    real = ready()
+    write_folder(tmp_path, [0] * 60 + [1] * 60)
+    data = ready(synthetic=[str(tmp_path)], balance="equal_scale", total=210, race_codes="public")
+    assert data.group_counts["race"] == [70, 70, 70]
+    made = [r for r in data.splits["train"] if r.synthetic]
+    assert len(made) == 140 - sum(real.group_counts["race"][:2])
+    assert data.counts()["test"] == real.counts()["test"]
+    batch = next(iter(data.train_dataloader()))
+    assert batch["synthetic"].any()
+    assert not batch["synthetic"].all()
+
+
+def test_synthetic_samples_of_test_cases_are_left_out(tmp_path):
+    test_id = ready().splits["test"][0].id
+    write_folder(tmp_path, [0] * 3, source_id=test_id)
+    write_folder(tmp_path, [0] * 2, start=3)
+    with pytest.warns(UserWarning, match="3 synthetic samples are derived"):
+        data = ready(synthetic=[str(tmp_path)], race_codes="public")
+    assert sum(r.synthetic for r in data.splits["train"]) == 2
+
+
+@pytest.mark.parametrize("on_error", ["raise", "skip"])
+def test_a_broken_file_stops_or_is_skipped_and_counted(tmp_path, on_error):
+    write_folder(tmp_path, [0, 1] * 6)
+    mask = np.full((12, 16), 9)
+    np.savez(tmp_path / "syn_00003.npz", slo_fundus=mask, disc_cup_mask=mask, race=0)
+    if on_error == "skip":
+        with pytest.warns(UserWarning, match=r"1 unreadable.*syn_00003.npz.*\[9\]"):
+            data = ready(root=str(tmp_path), race_codes="public", on_error="skip")
+        assert sum(map(len, data.splits.values())) == 11
+        return
+    data = ready(root=str(tmp_path), race_codes="public")
+    with pytest.raises(InvalidSampleError, match=r"syn_00003.npz\[disc_cup_mask\].*\[9\]"):
+        for part in ("train", "val", "test"):
+            list(data._data(part))
+
+
+def test_an_empty_split_is_an_error_that_names_the_fractions(tmp_path):
+    write_folder(tmp_path, [0, 1] * 4)
+    data = ready(root=str(tmp_path), race_codes="public", fractions=(1.0, 0.0, 0.0))
+    with pytest.raises(ValueError, match=r"val split.*\(1.0, 0.0, 0.0\)"):
+        data.val_dataloader()
+
+
+def test_native_masks_come_with_the_region_they_were_cropped_from():
+    data = ready(HAM10000DataModule, evaluate_at="native", crop=100)
+    batch = next(iter(data.test_dataloader()))
+    assert batch["native_mask"].shape[1:] == (1, 112, 150)
+    assert batch["region"][0].tolist() == [6, 25, 100, 100]
+    assert batch["native_size"][0].tolist() == [112, 150]
+
+
+def test_splits_are_stored_as_a_table(tmp_path):
+    data = ready(HAM10000DataModule)
+    data.write_splits(tmp_path / "splits.csv")
+    with (tmp_path / "splits.csv").open() as stream:
+        rows = list(csv.DictReader(stream))
+    assert list(rows[0]) == ["id", "lesion", "split", "synthetic", "age"]
+    assert len(rows) == sum(map(len, data.splits.values()))
+
+
+def test_the_debug_check_finds_a_broken_batch():
+    data = ready(check=True)
+    batch = next(iter(data.train_dataloader()))
+    assert data.on_before_batch_transfer(batch, 0) is batch
+    with pytest.raises(ValueError, match="key 'mask'"):
+        data.on_before_batch_transfer({**batch, "mask": batch["mask"] + 7}, 0)
+
+

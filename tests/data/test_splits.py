@@ -1,0 +1,50 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fairdiff_lightning.data import Record, split_units
+from fairdiff_lightning.data.splits import check_disjoint, split_records
+
+
+def record(name, unit=None, split=None, synthetic=False):
+    return Record(name, {}, {}, unit or name, split, synthetic)
+
+
+@given(
+    units=st.lists(st.sampled_from([f"u{i}" for i in range(30)]), min_size=3, max_size=80),
+    seed=st.integers(0, 5),
+    held_out=st.sampled_from([(0.1, 0.1), (0.3, 0.2), (0.01, 0.01)]),
+)
+def test_units_are_assigned_once_and_no_part_is_empty(units, seed, held_out):
+    val, test = held_out
+    parts = split_units(units, (1 - val - test, val, test), seed)
+    assert parts.keys() == set(units)
+    assert parts == split_units(list(reversed(units)), (1 - val - test, val, test), seed), "order does not matter"
+    if len(parts) >= 3:
+        assert set(parts.values()) == {"train", "val", "test"}
+
+
+def test_fractions_of_zero_leave_a_part_empty():
+    assert set(split_units(map(str, range(9)), (0.5, 0.5, 0.0), 0).values()) == {"train", "val"}
+    assert set(split_units(map(str, range(9)), (0.5, 0.0, 0.5), 0).values()) == {"train", "test"}
+    assert set(split_units(map(str, range(9)), (1.0, 0.0, 0.0), 0).values()) == {"train"}
+
+
+@pytest.mark.parametrize("fractions", [(0.8, 0.1), (0.8, 0.3, 0.1), (1.2, -0.1, -0.1)])
+def test_fractions_must_be_three_shares(fractions):
+    with pytest.raises(ValueError, match="three shares"):
+        split_units(["a", "b"], fractions, 0)
+
+
+def test_the_owners_test_set_stays_and_validation_comes_from_the_rest():
+    records = [record(f"t{i}", split="test") for i in range(5)] + [record(f"r{i}", split="train") for i in range(90)]
+    splits = split_records(records, (0.8, 0.1, 0.1), 0)
+    assert {r.id for r in splits["test"]} == {f"t{i}" for i in range(5)}
+    assert (len(splits["train"]), len(splits["val"])) == (80, 10)
+
+
+def test_a_unit_in_two_splits_and_synthetic_evaluation_are_refused():
+    with pytest.raises(ValueError, match=r"'p'.*train.*test"):
+        check_disjoint({"train": [record("a", "p")], "test": [record("b", "p")]})
+    with pytest.raises(ValueError, match="synthetic sample 'x'"):
+        check_disjoint({"val": [record("x", synthetic=True)]})
