@@ -36,7 +36,7 @@ class DMoESegmenter(Segmenter):
         unknown_group: what routes a sample of unknown group (-1): an ``error``, the ``mean`` of the routers, or their
             mean weighted by the groups' shares of the training set (``prior``).
         balance_weight: weight of the load-balance loss, which the paper does not have.
-        reference_behaviour: restore what the table below says, all of it.
+        reference_behaviour: restore what the table below says.
         **kwargs: the other arguments of :class:`Segmenter`.
 
     Shapes:
@@ -86,10 +86,9 @@ class DMoESegmenter(Segmenter):
             image_size=image_size,
             num_groups=num_groups,
             attribute=attribute,
+            reference_behaviour=reference_behaviour,
             **kwargs,
         )
-        if reference_behaviour:
-            self.empty = "reference"
         self.expert_usage = ExpertUsage(num_experts, self.num_routed_groups)
 
     @property

@@ -43,6 +43,8 @@ class Segmenter(LightningModule):
         inference: ``whole`` images, or ``sliding`` windows of ``roi_size`` blended by a Gaussian.
         roi_size: side, or height and width, of a window.
         overlap: share of a window that the next one covers again.
+        reference_behaviour: score empty masks (``empty="reference"``) and weigh absent and unknown groups (FEBS) as the
+            papers' code does.
         init_from: checkpoint (ours) whose network weights training starts from.
         compile: compile the network in place before the first step.
         optimizer: built on the trainable parameters.
@@ -76,6 +78,7 @@ class Segmenter(LightningModule):
         inference: Literal["whole", "sliding"] = "whole",
         roi_size: int | tuple[int, int] = 224,
         overlap: float = 0.5,
+        reference_behaviour: bool = False,
         init_from: str | None = None,
         compile: bool = False,
         optimizer: OptimizerCallable = torch.optim.AdamW,
@@ -85,7 +88,7 @@ class Segmenter(LightningModule):
         super().__init__()
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler"])
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
-        self.empty: EmptyPolicy = empty
+        self.empty: EmptyPolicy = "reference" if reference_behaviour else empty
         self.num_groups = dict(num_groups or {})
         self.attribute = self._checked_attribute(attribute, needed=loss == "febs")
         self.network = build_network(network, in_channels, num_classes, image_size or roi_size, self.network_arguments())
@@ -253,7 +256,8 @@ class Segmenter(LightningModule):
     def _make_loss(self) -> nn.Module:
         h = self.hparams
         if h["loss"] == "febs":
-            return FEBSLoss(self.num_groups[str(self.attribute)], h["gamma"], h["ce_weight"], h["dice_weight"])
+            num_groups, weights = self.num_groups[str(self.attribute)], (h["ce_weight"], h["dice_weight"])
+            return FEBSLoss(num_groups, h["gamma"], *weights, reference_behaviour=h["reference_behaviour"])
         return FocalLoss() if h["loss"] == "focal" else dice_ce_loss(h["ce_weight"], h["dice_weight"])
 
     def _make_tables(self) -> nn.ModuleDict:
