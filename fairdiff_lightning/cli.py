@@ -10,9 +10,9 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 
-import fairdiff_lightning.data
-import fairdiff_lightning.modules  # noqa: F401 - both make bare class names known to the parser
+import fairdiff_lightning.data  # noqa: F401 - makes bare class names known to the parser
 from fairdiff_lightning.callbacks import EpochSeed, ExpertUsageHeatMap, FairnessReport, PredictionWriter, SampleGrid
+from fairdiff_lightning.modules import Segmenter
 from fairdiff_lightning.version import __version__
 
 LINKED = ("num_classes", "in_channels", "image_size", "num_groups")
@@ -47,22 +47,25 @@ class FairDiffCLI(LightningCLI):
         given = self._get(self.config_init, "trainer", default={}).get("callbacks") or []
         present = {type(c) for c in (given if isinstance(given, list) else [given])}
         added = [c for c in self.default_callbacks() if type(c) not in present]
-        return super().instantiate_trainer(callbacks=[*(given if isinstance(given, list) else [given]), *added], **kwargs)
+        return super().instantiate_trainer(
+            callbacks=[*(given if isinstance(given, list) else [given]), *added], **kwargs
+        )
 
     def default_callbacks(self) -> list[Callback]:
-        """The callbacks of a subcommand."""
-        trainer = self._get(self.config_init, "trainer", default={})
+        """The callbacks of a subcommand; those that read what our modules return are for our modules."""
+        ours = isinstance(self.model, Segmenter)
         if self.subcommand == "test":
-            return [FairnessReport()]
+            return [FairnessReport()] if ours and getattr(self.datamodule, "attribute_groups", None) else []
         if self.subcommand == "predict":
-            return [PredictionWriter()]
+            return [PredictionWriter()] if ours else []
+        pictures: list[Callback] = [SampleGrid(), ExpertUsageHeatMap()] if ours else []
         if self.subcommand != "fit":
-            return [SampleGrid()]
-        callbacks: list[Callback] = [EpochSeed(), SampleGrid(), ExpertUsageHeatMap()]
+            return pictures
+        trainer = self._get(self.config_init, "trainer", default={})
         if trainer.get("enable_checkpointing") is False or trainer.get("fast_dev_run"):
-            return callbacks
+            return [EpochSeed(), *pictures]
         monitor = getattr(self.model, "monitor", None)
-        return [*callbacks, *([_best(monitor)] if monitor else []), _last()]
+        return [EpochSeed(), *pictures, *([_best(monitor)] if monitor else []), _last()]
 
 
 def newest_checkpoint(root: Path, name: str) -> Path:

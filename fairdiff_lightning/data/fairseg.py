@@ -42,7 +42,11 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "language": ("English", "Spanish", "Other"),
     "maritalstatus": ("Married", "Single", "Divorced", "Widowed", "Separated"),
 }
-PHANTOM_LOOKS = (FundusLook(0.16, -0.20, 0.6, 0.05), FundusLook(-0.10, 0.14, 0.8, 0.06), FundusLook(0.18, 0.16, 0.4, 0.03))
+PHANTOM_LOOKS = (
+    FundusLook(0.16, -0.20, 0.6, 0.05),
+    FundusLook(-0.10, 0.14, 0.8, 0.06),
+    FundusLook(0.18, 0.16, 0.4, 0.03),
+)
 PHANTOM_SIZE, PHANTOM_COUNT = (128, 166), 320
 
 

@@ -85,7 +85,8 @@ class HAM10000(NativeDataset):
             raise self.not_found(root, f"no {METADATA}" if root.is_dir() else "no such folder")
         images = {p.stem: p for p in sorted(root.glob(f"{IMAGES}*/*.jpg"))}
         masks = {
-            p.stem.removesuffix("_segmentation"): p for p in sorted(root.glob("HAM10000_segmentations*/*_segmentation.png"))
+            p.stem.removesuffix("_segmentation"): p
+            for p in sorted(root.glob("HAM10000_segmentations*/*_segmentation.png"))
         }
         table = self.read_table(root / METADATA)
         rows = table[table["image_id"].isin(images) & table["image_id"].isin(masks)]
@@ -98,7 +99,7 @@ class HAM10000(NativeDataset):
             "images without a mask": len((listed & images.keys()) - masks.keys()),
             "images without a row": len(images.keys() - listed),
         }
-        records = [self._record(row, images, masks) for row in rows.to_dict("records")]
+        records = [self._record(row, images, masks) for _, row in rows.iterrows()]
         return Index(records, {reason: count for reason, count in left_out.items() if count})
 
     def read_table(self, path: Path) -> pd.DataFrame:
@@ -180,7 +181,7 @@ class HAM10000(NativeDataset):
             }
             _append_row(root / METADATA, row)
 
-    def _record(self, row: dict[str, Any], images: dict[str, Path], masks: dict[str, Path]) -> Record:
+    def _record(self, row: pd.Series[Any], images: dict[str, Path], masks: dict[str, Path]) -> Record:
         sex = {"female": 0, "male": 1}.get(str(row["sex"]), -1)
         site = str(row["localization"])
         source = row.get("source_id")
@@ -228,7 +229,9 @@ def _decode(file: str, mode: str) -> NDArray[np.uint8]:
         with Image.open(file) as image:
             return np.asarray(image.convert(mode))
     except (OSError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise InvalidSampleError(file, f"unreadable ({error})", "a whole image file; fetch or write it again") from error
+        raise InvalidSampleError(
+            file, f"unreadable ({error})", "a whole image file; fetch or write it again"
+        ) from error
 
 
 def _write_image(root: Path, name: str, image: NDArray[np.uint8], folder: str = IMAGES) -> Path:

@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import ClassVar
 
@@ -156,7 +157,7 @@ def bin_index(value: float, edges: Sequence[float]) -> int:
 
 def bin_names(edges: Sequence[float]) -> tuple[str, ...]:
     """Names of the bins: ``<20``, ``20-39``, ``>=40``."""
-    inner = [f"{low:g}-{high - 1:g}" for low, high in zip(edges, edges[1:], strict=False)]
+    inner = [f"{low:g}-{high - 1:g}" for low, high in pairwise(edges)]
     return (f"<{edges[0]:g}", *inner, f">={edges[-1]:g}")
 
 

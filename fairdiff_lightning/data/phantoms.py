@@ -145,7 +145,8 @@ def _soften(mask: NDArray[np.bool_], sigma: float) -> NDArray[np.float32]:
 
 def _smooth_noise(rng: np.random.Generator, size: tuple[int, int], sigma: float) -> NDArray[np.float32]:
     noise = cv2.GaussianBlur(rng.standard_normal(size).astype(np.float32), (0, 0), sigma)
-    return (noise / (noise.std() + 1e-6)).astype(np.float32)
+    scaled: NDArray[np.float32] = (noise / (noise.std() + 1e-6)).astype(np.float32)
+    return scaled
 
 
 def _expose(rng: np.random.Generator, image: NDArray[np.float32], blur: float, noise: float) -> Image:

@@ -37,7 +37,8 @@ def resize_image(image: NDArray[np.uint8], size: tuple[int, int] | None, method:
     """
     size = size or (image.shape[0], image.shape[1])
     if method == "zoom":
-        scaled = image.astype(np.float64 if image.ndim == 3 else np.float32) / 255
+        scaled: NDArray[Any] = image.astype(np.float64 if image.ndim == 3 else np.float32)
+        scaled /= 255
         factors = [new / old for new, old in zip(size, image.shape, strict=False)]
         zoomed = ndimage.zoom(scaled, (*factors, *[1.0] * (image.ndim - 2)), order=3)
         return np.ascontiguousarray(_channels_first(zoomed), dtype=np.float32)

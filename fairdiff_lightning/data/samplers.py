@@ -30,7 +30,7 @@ class GroupBalancedSampler(DistributedSampler[int]):
     def __init__(self, groups: Sequence[int], seed: int = 0, num_replicas: int = 1, rank: int = 0) -> None:
         super().__init__(cast(Dataset[int], groups), num_replicas=num_replicas, rank=rank, shuffle=True, seed=seed)
         index = torch.as_tensor(groups)
-        self.members = [torch.nonzero(index == g).flatten() for g in index[index >= 0].unique().tolist()]
+        self.members = [torch.nonzero(index == g).flatten() for g in torch.unique(index[index >= 0]).tolist()]
         if not self.members:
             raise ValueError("no sample has a known group, so groups cannot be balanced; choose sampler='shuffle'.")
         rounds = max(len(m) for m in self.members)

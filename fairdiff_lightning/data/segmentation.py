@@ -12,7 +12,7 @@ from typing import Any, Literal, cast
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
@@ -28,7 +28,7 @@ from fairdiff_lightning.data.cache import (
 )
 from fairdiff_lightning.data.errors import InvalidSampleError
 from fairdiff_lightning.data.mixing import Balance, mix
-from fairdiff_lightning.data.native import NativeDataset, Record, make_directory_once
+from fairdiff_lightning.data.native import NativeDataset, Record, atomic_path, make_directory_once
 from fairdiff_lightning.data.resize import Region, Resize, centre_region, crop_to, resize_image, resize_mask
 from fairdiff_lightning.data.sample import AttributeSpec, Sample, collate, validate
 from fairdiff_lightning.data.samplers import GroupBalancedSampler, SequentialShards
@@ -221,7 +221,9 @@ class SegmentationDataModule(LightningDataModule):
     def group_counts(self) -> dict[str, list[int]]:
         """Attribute -> training samples of each group."""
         train = self.splits.get("train", [])
-        return {s.name: [sum(r.attributes[s.name] == g for r in train) for g in range(len(s))] for s in self.attribute_specs}
+        return {
+            s.name: [sum(r.attributes[s.name] == g for r in train) for g in range(len(s))] for s in self.attribute_specs
+        }
 
     def counts(self) -> dict[str, dict[str, dict[str, int]]]:
         """Split -> attribute -> group name -> number of samples, unknown ones included."""
@@ -321,12 +323,14 @@ class SegmentationDataModule(LightningDataModule):
 
     def write_splits(self, path: Path) -> None:
         """Write the split as a table: id, unit, split, synthetic, and the group of every attribute."""
-        with path.open("w", newline="") as stream:
+        with atomic_path(path) as temporary, temporary.open("w", newline="") as stream:
             rows = csv.writer(stream)
             rows.writerow(["id", self.dataset.unit, "split", "synthetic", *self.attribute_groups])
             for part, records in self.splits.items():
                 for r in records:
-                    rows.writerow([r.id, r.unit, part, int(r.synthetic), *(r.attributes[a] for a in self.attribute_groups)])
+                    rows.writerow(
+                        [r.id, r.unit, part, int(r.synthetic), *(r.attributes[a] for a in self.attribute_groups)]
+                    )
 
     def _spec(self, name: str) -> AttributeSpec:
         known = self.dataset.attributes
@@ -383,7 +387,9 @@ class SegmentationDataModule(LightningDataModule):
                 if record.source in held_out:
                     derived += 1
                 else:
-                    synthetic.append(replace(record, id=f"{Path(folder).name}/{record.id}", synthetic=True, split="train"))
+                    synthetic.append(
+                        replace(record, id=f"{Path(folder).name}/{record.id}", synthetic=True, split="train")
+                    )
         if derived:
             rank_zero_warn(f"{derived} synthetic samples are derived from validation or test cases and are left out.")
         spec = self.attribute_specs[0] if self.attribute_specs else AttributeSpec("", ())
@@ -398,19 +404,20 @@ class SegmentationDataModule(LightningDataModule):
         for spec in self.attribute_specs:
             absent = [name for name, n in self.counts()["train"][spec.name].items() if not n and name != "unknown"]
             if absent:
-                rank_zero_warn(f"No training sample of '{spec.name}' {', '.join(absent)}: that group cannot be learned.")
-        trainer = self.trainer
-        if trainer is not None and trainer.is_global_zero and trainer.log_dir and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            Path(trainer.log_dir).mkdir(parents=True, exist_ok=True)
-            self.write_splits(Path(trainer.log_dir) / "splits.csv")
+                rank_zero_warn(
+                    f"No training sample of '{spec.name}' {', '.join(absent)}: that group cannot be learned."
+                )
+        log_dir = self.trainer.log_dir if self.trainer is not None else None  # asks all processes
+        if log_dir and self.trainer is not None and self.trainer.is_global_zero:
+            self.write_splits(Path(log_dir) / "splits.csv")
 
     def _data(self, part: str) -> SegmentationDataset:
         if part not in self._datasets:
             records = self.splits["test" if part == "predict" else part]
             if not records:
                 raise ValueError(
-                    f"the {part} split of '{self.folder}' is empty: {self.fractions} of "
-                    f"{len(self.splits['train'])} training samples leave nothing for it. Give more data or other fractions."
+                    f"the {part} split of '{self.folder}' is empty: fractions {self.fractions} with "
+                    f"{len(self.splits['train'])} training samples leave nothing for it. Give more data or others."
                 )
             native = part == "predict" or (part in EVALUATION and self.evaluate_at == "native")
             self._datasets[part] = SegmentationDataset(

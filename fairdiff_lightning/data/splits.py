@@ -36,9 +36,9 @@ def split_units(units: Iterable[str], fractions: Sequence[float], seed: int) -> 
     _, val, test = fractions
     wanted = int(val > 0) + int(test > 0)
     held_out = min(max(math.ceil(round((val + test) * len(names), 9)), wanted), len(names)) if wanted else 0
-    order = np.random.RandomState(seed).permutation(len(names))  # noqa: NPY002 - the published split is made by it
+    order = np.random.RandomState(seed).permutation(len(names))  # the published split is made by this generator
     rest = names[order[:held_out]]
-    order_rest = np.random.RandomState(seed).permutation(held_out)  # noqa: NPY002
+    order_rest = np.random.RandomState(seed).permutation(held_out)
     num_test = math.ceil(round(test / (val + test) * held_out, 9)) if wanted else 0
     if wanted == 2 and held_out >= 2:
         num_test = min(max(num_test, 1), held_out - 1)

@@ -43,21 +43,20 @@ class DMoESegmenter(Segmenter):
         image (B, C, H, W) in [0, 1]; mask (B, 1, H, W) class indices; group (B,); logits (B, K, H, W).
 
     Differences from the reference:
-        ==================  ===============================  ==============================  ==========================
-        What                Reference code                   Here                            To restore
-        ==================  ===============================  ==============================  ==========================
-        router noise        in evaluation too, so that       while training only             ``reference_behaviour``
+        ==================  =============================  =============================  =========================
+        What                Reference code                 Here                           To restore
+        ==================  =============================  =============================  =========================
+        router noise        in evaluation too, so that     while training only            ``reference_behaviour``
                             predictions are random
-        empty truth         false positive scores 1, an      no score when both are empty,   ``empty="reference"`` or
-                            empty prediction 0               false positive scores 0         ``reference_behaviour``
-        unknown group       routed by the last router        ``unknown_group``               filter it, or route as -1
-        unused routers      MoE allocates one per group      MoE has one router              ``routing="group"`` with
-                                                                                             one group
-        class mean          averages a class that does       mean over the foreground        not offered
+        empty truth         false positive scores 1, an    no score when both are empty,  ``reference_behaviour``
+                            empty prediction 0             false positive scores 0
+        unknown group       routed by the last router      ``unknown_group``              not offered
+        unused routers      MoE allocates one per group    MoE has one router             not offered
+        class mean          averages a class that does     mean over the foreground       not offered
                             not exist
-        learning rate       lags one step                    does not                        ``PolynomialDecay(lag=true)``
-        image resize        cubic, leaves [0, 1]             area average                    ``resize: zoom`` (data)
-        ==================  ===============================  ==============================  ==========================
+        learning rate       lags one step                  does not                       ``PolynomialDecay(lag)``
+        image resize        cubic, leaves [0, 1]           area average                   ``resize: zoom`` (data)
+        ==================  =============================  =============================  =========================
     """
 
     def __init__(
@@ -98,8 +97,8 @@ class DMoESegmenter(Segmenter):
             return 1
         if self.attribute is None:
             raise ValueError(
-                "DMoESegmenter routes by a group, but num_groups is empty: give num_groups={'race': 3} (the CLI takes it "
-                "from the data module's `attributes`), or routing='shared' for one router."
+                "DMoESegmenter routes by a group, but num_groups is empty: give num_groups={'race': 3} (the CLI takes "
+                "it from the data module's `attributes`), or routing='shared' for one router."
             )
         return self.num_groups[self.attribute]
 
@@ -107,15 +106,19 @@ class DMoESegmenter(Segmenter):
         """Arguments of the network, the mixture's included."""
         h = self.hparams
         mixture = {name: h[name] for name in ("num_experts", "top_k", "moe_sharing", "unknown_group")}
-        return super().network_arguments() | mixture | {
-            "num_groups": self.num_routed_groups,
-            "noise_in_eval": h["reference_behaviour"],
-        }
+        return (
+            super().network_arguments()
+            | mixture
+            | {
+                "num_groups": self.num_routed_groups,
+                "noise_in_eval": h["reference_behaviour"],
+            }
+        )
 
     def setup(self, stage: str) -> None:
         """Check the data, among them for unknown groups that nothing would route, and learn the groups' shares."""
         super().setup(stage)
-        data = getattr(self.trainer, "datamodule", None)
+        data: Any = getattr(self.trainer, "datamodule", None)
         if self.hparams["routing"] == "shared" or not hasattr(data, "group_counts"):
             return
         unknown = {part: table[self.attribute]["unknown"] for part, table in data.counts().items()}

@@ -83,4 +83,6 @@ class WarmupCosine(RunLengthSchedule):
         warm = self.warmup * total_steps
         if step + 1 < warm:
             return (step + 1) / warm
-        return 0.5 * (1 + math.cos(math.pi * min((step - warm) / max(total_steps - warm, 1), 1))) if step > warm else 1.0
+        return (
+            0.5 * (1 + math.cos(math.pi * min((step - warm) / max(total_steps - warm, 1), 1))) if step > warm else 1.0
+        )

@@ -91,7 +91,9 @@ class Segmenter(LightningModule):
         self.empty: EmptyPolicy = "reference" if reference_behaviour else empty
         self.num_groups = dict(num_groups or {})
         self.attribute = self._checked_attribute(attribute, needed=loss == "febs")
-        self.network = build_network(network, in_channels, num_classes, image_size or roi_size, self.network_arguments())
+        self.network = build_network(
+            network, in_channels, num_classes, image_size or roi_size, self.network_arguments()
+        )
         self.loss = self._make_loss()
         self.tables = nn.ModuleDict({stage: self._make_tables() for stage in ("val", "test")})
         if init_from is not None:
@@ -124,7 +126,9 @@ class Segmenter(LightningModule):
     def objective(self, logits: Tensor, batch: Sample) -> Tensor:
         """The segmentation loss of the logits, a scalar."""
         arguments = (logits, batch["mask"])
-        loss: Tensor = self.loss(*arguments, self.group(batch)) if isinstance(self.loss, FEBSLoss) else self.loss(*arguments)
+        loss: Tensor = (
+            self.loss(*arguments, self.group(batch)) if isinstance(self.loss, FEBSLoss) else self.loss(*arguments)
+        )
         return loss
 
     def group(self, batch: Sample) -> Tensor | None:
@@ -154,12 +158,17 @@ class Segmenter(LightningModule):
         """Logits of a batch by the chosen inference; every window knows the group of its image."""
         image, group = batch["image"], self.group(batch)
         if self.hparams["inference"] == "whole":
-            return self(image, group)
+            return self.forward(image, group)
         from monai.inferers import sliding_window_inference
 
         carried = image if group is None else torch.cat([image, _group_channel(group, image)], 1)
         logits: Tensor = sliding_window_inference(
-            carried, self.hparams["roi_size"], len(image), self._segment_window, self.hparams["overlap"], mode="gaussian"
+            carried,
+            self.hparams["roi_size"],
+            len(image),
+            self._segment_window,
+            self.hparams["overlap"],
+            mode="gaussian",
         )
         return logits
 
@@ -206,8 +215,8 @@ class Segmenter(LightningModule):
 
     def _segment_window(self, window: Tensor) -> Tensor:
         if not self.attribute:
-            return self(window)
-        return self(window[:, :-1], _read_group_channel(window[:, -1]))
+            return self.forward(window)
+        return self.forward(window[:, :-1], _read_group_channel(window[:, -1]))
 
     def _decide(self, logits: Tensor, batch: Sample) -> Tensor | list[Tensor]:
         if "region" in batch:

@@ -155,8 +155,7 @@ def test_a_broken_file_stops_or_is_skipped_and_counted(tmp_path, on_error):
         return
     data = ready(root=str(tmp_path), race_codes="public")
     with pytest.raises(InvalidSampleError, match=r"syn_00003.npz\[disc_cup_mask\].*\[9\]"):
-        for part in ("train", "val", "test"):
-            list(data._data(part))
+        [list(data._data(part)) for part in ("train", "val", "test")]
 
 
 def test_an_empty_split_is_an_error_that_names_the_fractions(tmp_path):
@@ -189,5 +188,3 @@ def test_the_debug_check_finds_a_broken_batch():
     assert data.on_before_batch_transfer(batch, 0) is batch
     with pytest.raises(ValueError, match="key 'mask'"):
         data.on_before_batch_transfer({**batch, "mask": batch["mask"] + 7}, 0)
-
-

@@ -162,7 +162,7 @@ def test_wrong_arguments_say_what_there_is():
         Segmenter(**SMALL, loss="febs")
     with pytest.raises(ValueError, match="routing='shared'"):
         DMoESegmenter(**SMALL)
-    with pytest.raises(ValueError, match="vit_b16.*unet"):
+    with pytest.raises(ValueError, match=r"vit_b16.*unet"):
         Segmenter(**SMALL | {"network": "resnet"})
     with pytest.raises(ValueError, match=r"no argument \['depths'\]; it takes .*num_res_units"):
         Segmenter(**SMALL | {"network": "unet"}, network_args={"depths": 3})
@@ -185,7 +185,7 @@ def test_sliding_windows_carry_the_group_of_their_image():
         **SMALL | {"image_size": 16}, num_groups={"race": 3}, num_experts=3, inference="sliding", roi_size=16
     ).eval()
     for name, parameter in module.network.named_parameters():
-        if "moe" in name:
+        if "mixtures" in name:
             torch.nn.init.normal_(parameter)
     batch = collate([sample(i, 40) for i in range(3)])
     with torch.no_grad():
@@ -218,7 +218,8 @@ def test_groups_survive_as_a_padded_channel():
 def test_predictions_are_at_the_files_size():
     module = Segmenter(**SMALL).eval()
     batch = collate([sample(i) for i in range(2)])
-    batch |= {"region": torch.tensor([[4, 0, 50, 60], [0, 0, 32, 32]]), "native_size": torch.tensor([[58, 60], [40, 32]])}
+    batch["region"] = torch.tensor([[4, 0, 50, 60], [0, 0, 32, 32]])
+    batch["native_size"] = torch.tensor([[58, 60], [40, 32]])
     with torch.no_grad():
         prediction = module.predict_step(batch, 0)
     assert prediction["id"] == ["s0", "s1"]

@@ -1,0 +1,113 @@
+"""Per-image scores of a test run, and small pictures of its worst cases."""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+PICTURE_SIZE = 256
+
+
+@dataclass(frozen=True)
+class Case:
+    """One image of the test set.
+
+    Args:
+        id: of the sample.
+        groups: attribute -> group index, -1 when unknown.
+        dice: score of each foreground class, NaN where not defined.
+        iou: the same for intersection over union.
+    """
+
+    id: str
+    groups: dict[str, int]
+    dice: tuple[float, ...]
+    iou: tuple[float, ...]
+
+    @property
+    def mean_dice(self) -> float:
+        """Mean over the classes where it is defined, NaN without any."""
+        defined = [score for score in self.dice if not math.isnan(score)]
+        return sum(defined) / len(defined) if defined else math.nan
+
+
+@dataclass(frozen=True)
+class Picture:
+    """What an overlay shows: image (C, h, w) float32, truth and prediction (1, h, w) uint8."""
+
+    image: NDArray[np.float32]
+    truth: NDArray[np.uint8]
+    prediction: NDArray[np.uint8]
+
+
+def read_cases(outputs: Mapping[str, Any], batch: Mapping[str, Any]) -> list[Case]:
+    """Turn a step's ``dice`` and ``iou`` (B, C) and the batch's ``id`` and ``attributes`` into cases.
+
+    Raises:
+        ValueError: a score is not (B, C).
+    """
+    ids = [str(sample_id) for sample_id in batch["id"]]
+    scores = {}
+    for metric in ("dice", "iou"):
+        found = outputs[metric]
+        if found.dim() != 2 or len(found) != len(ids):
+            raise ValueError(
+                f"outputs['{metric}'] has shape {tuple(found.shape)}, expected ({len(ids)}, C): a score of each image "
+                "of the batch for each foreground class, NaN where it is not defined."
+            )
+        scores[metric] = found.detach().double().cpu().tolist()
+    groups = {name: group.tolist() for name, group in batch["attributes"].items()}
+    return [
+        Case(sample_id, {name: group[i] for name, group in groups.items()}, tuple(dice), tuple(iou))
+        for i, (sample_id, dice, iou) in enumerate(zip(ids, scores["dice"], scores["iou"], strict=True))
+    ]
+
+
+def worst_cases(cases: Iterable[Case], num_worst: int) -> list[Case]:
+    """The cases of lowest Dice: for each attribute ``num_worst`` of those whose group is known, worst first."""
+    scored = [case for case in cases if not math.isnan(case.mean_dice)]
+    worst: dict[str, Case] = {}
+    for attribute in {name for case in scored for name in case.groups}:
+        known = (case for case in scored if case.groups[attribute] >= 0)
+        worst |= {case.id: case for case in heapq.nsmallest(num_worst, known, key=_badness)}
+    return sorted(worst.values(), key=_badness)
+
+
+def take_picture(outputs: Mapping[str, Any], batch: Mapping[str, Any], index: int) -> Picture | None:
+    """Shrink image ``index`` of a batch with its truth and prediction to at most 256 pixels a side; None in 3-D.
+
+    The truth is the batch's ``native_mask`` where there is one; ``region`` says which part of it the image shows.
+    """
+    image = batch["image"][index].detach().float()
+    truth = batch.get("native_mask", batch["mask"])[index].detach()
+    prediction = outputs["prediction"][index].detach()
+    if image.dim() != 3:
+        return None
+    if "native_mask" in batch and "region" in batch:
+        top, left, height, width = batch["region"][index].tolist()
+        if prediction.shape == truth.shape:
+            prediction = prediction[..., top : top + height, left : left + width]
+        truth = truth[..., top : top + height, left : left + width]
+    height, width = truth.shape[-2:]
+    scale = min(1.0, PICTURE_SIZE / max(height, width))
+    size = (max(1, round(height * scale)), max(1, round(width * scale)))
+    shown = F.interpolate(image[None], size, mode="bilinear", antialias=True)[0]
+    return Picture(shown.cpu().numpy(), _shrink_mask(truth, size), _shrink_mask(prediction, size))
+
+
+def _shrink_mask(mask: Tensor, size: tuple[int, int]) -> NDArray[np.uint8]:
+    small = F.interpolate(mask[None].float(), size, mode="nearest-exact")[0]
+    return small.to(torch.uint8).cpu().numpy()
+
+
+def _badness(case: Case) -> tuple[float, str]:
+    return case.mean_dice, case.id

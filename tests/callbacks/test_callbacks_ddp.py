@@ -1,0 +1,38 @@
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from callback_fakes import Data, Foreign, sample, trainer
+
+from fairdiff_lightning.callbacks import FairnessReport, PredictionWriter
+
+SAMPLES = [sample(f"s{i}", i % 3 - 1, (i / 10, 1 - i / 20)) for i in range(7)]
+"""An odd number: the sampler repeats one of them for the second process."""
+
+
+def run(folder, **arguments):
+    callbacks = [FairnessReport(num_resamples=50, num_worst=2), PredictionWriter(str(folder / "masks"))]
+    both = trainer(folder, *callbacks, **arguments)
+    both.test(Foreign(), Data(SAMPLES), verbose=False)
+    both.predict(Foreign(), Data(SAMPLES), return_predictions=False)
+
+
+def test_two_processes_report_and_write_what_one_does(tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    run(one)
+    command = [sys.executable, __file__, str(two)]
+    subprocess.run(command, check=True, timeout=120, cwd=Path(__file__).parent, capture_output=True)
+    for name in ("fairness.csv", "cases.csv"):
+        assert (one / "fairness" / name).read_text() == (two / "fairness" / name).read_text()
+    worst = [json.loads((folder / "fairness" / "fairness.json").read_text())["worst_cases"] for folder in (one, two)]
+    assert worst[0] == worst[1]
+    for folder in (one, two):
+        with (folder / "masks" / "manifest.csv").open(newline="") as stream:
+            assert [row["id"] for row in csv.DictReader(stream)] == [f"s{i}" for i in range(7)]
+    assert {path.name for path in (two / "masks").iterdir()} == {path.name for path in (one / "masks").iterdir()}
+
+
+if __name__ == "__main__":
+    run(Path(sys.argv[1]), strategy="ddp", devices=2)
