@@ -8,4 +8,4 @@ CONFIG = str(Path(__file__).parents[1] / "configs" / "demo" / "fairseg_dmoe.yaml
 
 if __name__ == "__main__":
     main(["fit", "--config", CONFIG])
-    main(["test", "--config", CONFIG, "--ckpt_path", "best"])
+    main(["test", "--config", CONFIG, "--ckpt_path", "best", "--verbose=false", "--trainer.enable_progress_bar=false"])

@@ -47,7 +47,7 @@ PHANTOM_LOOKS = (
     FundusLook(-0.10, 0.14, 0.8, 0.06),
     FundusLook(0.18, 0.16, 0.4, 0.03),
 )
-PHANTOM_SIZE, PHANTOM_COUNT = (128, 166), 320
+PHANTOM_SIZE, PHANTOM_COUNT = (128, 166), 400
 
 
 class FairSeg(NativeDataset):
@@ -157,8 +157,8 @@ class FairSeg(NativeDataset):
         return path
 
     def write_phantom(self, root: Path, seed: int) -> None:
-        """Write 320 fundus phantoms (12 % Asian, 18 % Black, 70 % White) with an official split of 240 to 80."""
-        races = allocate(PHANTOM_COUNT, {0: 0.12, 1: 0.18, 2: 0.70})
+        """Write 400 fundus phantoms (15 % Asian, 20 % Black, 65 % White) with an official split of 300 to 100."""
+        races = allocate(PHANTOM_COUNT, {0: 0.15, 1: 0.20, 2: 0.65})
         for i, race in enumerate(races):
             rng = np.random.default_rng([seed, i])
             image, mask = slo_fundus(rng, PHANTOM_SIZE, PHANTOM_LOOKS[race])

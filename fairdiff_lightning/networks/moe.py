@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Literal, get_args
 
 import torch
@@ -11,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fairdiff_lightning.networks.checkpoint import LoadReport, Source, load_strictly
+from fairdiff_lightning.networks.dispatch import ExpertFunction, compute_dtype, fastest_dispatch, prepare_experts
 
 UnknownGroup = Literal["error", "mean", "prior"]
-_Dispatch = Literal["split", "grouped", "blocks"]
 
 
 class GroupRouter(nn.Module):
@@ -157,6 +156,34 @@ class GroupRouter(nn.Module):
             )
 
 
+class Expert(nn.Module):
+    """Linear(C, H), ReLU, Linear(H, C).
+
+    Both weights are (H, C), the second one transposed: a product with rows of H is faster so on a CPU.
+    """
+
+    def __init__(self, channels: int, hidden: int) -> None:
+        super().__init__()
+        self.weight1 = nn.Parameter(torch.empty(hidden, channels))
+        self.bias1 = nn.Parameter(torch.empty(hidden))
+        self.weight2 = nn.Parameter(torch.empty(hidden, channels))
+        self.bias2 = nn.Parameter(torch.empty(channels))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialise as :class:`torch.nn.Linear` does."""
+        for fan_in, parameters in (
+            (self.weight1.shape[1], (self.weight1, self.bias1)),
+            (len(self.weight2), (self.weight2, self.bias2)),
+        ):
+            for parameter in parameters:
+                nn.init.uniform_(parameter, -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Tokens (..., C) -> (..., C)."""
+        return F.relu(F.linear(tokens, self.weight1, self.bias1)) @ self.weight2 + self.bias2
+
+
 class DistributionAwareMoE(nn.Module):
     """Experts shared by all groups, mixed by a router per group (Oh et al., ICML 2025, arXiv:2502.00619, section 4).
 
@@ -190,12 +217,8 @@ class DistributionAwareMoE(nn.Module):
     ) -> None:
         super().__init__()
         self.router = GroupRouter(channels, num_experts, top_k, num_groups, noise_in_eval, unknown_group)
-        hidden = hidden_ratio * channels
-        # One parameter per expert, not one of (E, ...): a stacked gradient is too large for the CPU allocator to keep.
-        self.experts = nn.ModuleList(
-            nn.Sequential(nn.Linear(channels, hidden), nn.ReLU(inplace=True), nn.Linear(hidden, channels))
-            for _ in range(num_experts)
-        )
+        # One module per expert, not parameters of (E, ...): so large a gradient the CPU's allocator maps anew each step.
+        self.experts = nn.ModuleList(Expert(channels, hidden_ratio * channels) for _ in range(num_experts))
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, tokens: Tensor, group: Tensor, noise: Tensor | None = None) -> Tensor:
@@ -208,21 +231,43 @@ class DistributionAwareMoE(nn.Module):
         routed: tuple[Tensor, Tensor] = self.router(tokens, group, noise)
         return routed
 
-    def mix(self, tokens: Tensor, gates: Tensor, indices: Tensor) -> Tensor:
+    def prepare(self, tokens: Tensor) -> ExpertFunction:
+        """The experts for tokens like these in one forward pass; give it to every :meth:`mix` of that pass.
+
+        Blocks that share the experts save by it: parameters are cast once, and their gradient is summed in place.
+        """
+        experts = [expert.parameters() for expert in self.experts]
+        return prepare_experts(experts, compute_dtype(tokens), fastest_dispatch(tokens))
+
+    def mix(self, tokens: Tensor, gates: Tensor, indices: Tensor, experts: ExpertFunction | None = None) -> Tensor:
         """Sum over a token's experts of gate times expert output, (B, N, C).
 
         Args:
             tokens: (B, N, C).
             gates: (B, N, E).
             indices: (B, N, k), the experts that each token is sent to.
+            experts: of :meth:`prepare`, where several blocks share them.
         """
-        return self._mix(tokens, gates, indices, _dispatch_for(tokens))
+        experts = experts or self.prepare(tokens)
+        top_k = indices.shape[-1]
+        expert, order = indices.flatten().sort(stable=True)
+        ends = torch.searchsorted(expert, torch.arange(len(self.experts), device=expert.device), right=True)
+        back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+        # Repeated before the gather, each row has one reader, so that the backward pass adds in a fixed order.
+        rows = tokens.to(compute_dtype(tokens)).flatten(0, 1).unsqueeze(1).expand(-1, top_k, -1).flatten(0, 1)
+        rows = self.dropout(experts(rows.index_select(0, order), ends))
+        rows = rows.index_select(0, back).view(-1, top_k, tokens.shape[-1])
+        kept = gates.gather(-1, indices).flatten(0, 1).unsqueeze(-1)
+        mixture: Tensor = (rows * kept).sum(1)
+        return mixture.to(tokens.dtype).view_as(tokens)
 
     def reference_tensors(self) -> dict[str, Tensor]:
         """Name in the authors' checkpoint -> the part of this module that it fills."""
         names = {f"router.{name}": tensor for name, tensor in self.router.reference_tensors().items()}
         for i, expert in enumerate(self.experts):
-            names |= {f"experts.{i}.net.{name}": tensor for name, tensor in expert.state_dict().items()}
+            w1, b1, w2, b2 = (p.detach() for p in expert.parameters())
+            linear = {"0.weight": w1, "0.bias": b1, "2.weight": w2.t(), "2.bias": b2}
+            names |= {f"experts.{i}.net.{name}": tensor for name, tensor in linear.items()}
         return names
 
     def load_reference_weights(self, source: Source) -> LoadReport:
@@ -232,103 +277,3 @@ class DistributionAwareMoE(nn.Module):
             CheckpointMismatchError: naming every tensor that does not fit.
         """
         return load_strictly(source, self.reference_tensors())
-
-    def _mix(self, tokens: Tensor, gates: Tensor, indices: Tensor, dispatch: _Dispatch) -> Tensor:
-        top_k = indices.shape[-1]
-        expert, order = indices.flatten().sort(stable=True)
-        ends = torch.searchsorted(expert, torch.arange(len(self.experts), device=expert.device), right=True)
-        back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-        # Repeated before the gather, each row has one reader, so that the backward pass adds in a fixed order.
-        rows = tokens.to(_compute_dtype(tokens)).flatten(0, 1).unsqueeze(1).expand(-1, top_k, -1).flatten(0, 1)
-        rows = rows.index_select(0, order)
-        if dispatch == "split":
-            rows = self._split(rows, ends)
-        else:
-            multiply = _grouped if dispatch == "grouped" else _blocks
-            rows = multiply(rows, ends, *self._stacked(rows.dtype))
-        rows = self.dropout(rows).index_select(0, back).view(-1, top_k, tokens.shape[-1])
-        kept = gates.gather(-1, indices).flatten(0, 1).unsqueeze(-1)
-        mixture: Tensor = (rows * kept).sum(1)
-        return mixture.to(tokens.dtype).view_as(tokens)
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # sizes are data; reading them costs nothing on a CPU
-    def _split(self, rows: Tensor, ends: Tensor) -> Tensor:
-        """One product per expert on its own rows (R, C)."""
-        parts = rows.split(ends.diff(prepend=ends.new_zeros(1)).tolist())
-        return torch.cat([expert(part) for expert, part in zip(self.experts, parts, strict=True)])
-
-    def _stacked(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Weights (E, H, C), (E, C, H) and biases (E, H), (E, C) of all experts: first and second layer in turn."""
-        w1, b1, w2, b2 = zip(*([p.to(dtype) for p in expert.parameters()] for expert in self.experts), strict=True)
-        return torch.stack(w1), torch.stack(b1), torch.stack(w2), torch.stack(b2)
-
-
-def _compute_dtype(tokens: Tensor) -> torch.dtype:
-    kind = tokens.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tokens.dtype
-
-
-def _dispatch_for(tokens: Tensor) -> _Dispatch:
-    """The fastest way that does not make the host wait for a GPU."""
-    if tokens.device.type == "cpu":
-        return "split"
-    dtype, aligned = _compute_dtype(tokens), tokens.shape[-1] % 8 == 0
-    if tokens.device.type == "cuda" and dtype == torch.bfloat16 and aligned:
-        return "grouped" if torch.cuda.get_device_capability(tokens.device) >= (8, 0) else "blocks"
-    return "blocks"
-
-
-def _member(ends: Tensor, count: int, dtype: torch.dtype) -> Tensor:
-    """One-hot (count, E): which expert a sorted position belongs to."""
-    position = torch.arange(count, device=ends.device).unsqueeze(1)
-    return ((position < ends) & (position >= F.pad(ends[:-1], (1, 0)))).to(dtype)
-
-
-def _grouped(rows: Tensor, ends: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
-    """Both layers as grouped products over the rows (R, C) sorted by expert."""
-    member, offsets = _member(ends, len(rows), rows.dtype), ends.to(torch.int32)
-    hidden = torch.addmm(F.grouped_mm(rows, w1.mT, offs=offsets), member, b1).relu_()
-    return torch.addmm(F.grouped_mm(hidden, w2.mT, offs=offsets), member, b2)
-
-
-def _blocks(rows: Tensor, ends: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
-    """Both layers as batched products over equal blocks of rows, each of one expert.
-
-    The last block of an expert is padded. The number of blocks is the most that any routing needs, so that no shape
-    depends on the data and the host need not wait.
-    """
-    count, num_experts = len(rows), len(ends)
-    size = min(512, max(16, count // (4 * num_experts)))
-    num_blocks = count // size + num_experts
-    position, block = (torch.arange(n, device=rows.device) for n in (count, num_blocks))
-    starts = F.pad(ends[:-1], (1, 0))
-    blocks = (ends - starts + size - 1) // size
-    last = blocks.cumsum(0)
-    owner = torch.searchsorted(last, block, right=True).clamp(max=num_experts - 1)
-    shift = (last - blocks) * size - starts  # of an expert's rows, from sorted to padded
-    place = position + shift[torch.searchsorted(ends, position, right=True)]
-    padded = rows.new_zeros(num_blocks * size, rows.shape[-1]).index_copy(0, place, rows).view(num_blocks, size, -1)
-    hidden = _block_linear(padded, w1, b1, owner).relu_()
-    return _block_linear(hidden, w2, b2, owner).flatten(0, 1).index_select(0, place)
-
-
-class _BlockLinear(torch.autograd.Function):
-    """Blocks of rows (M, S, C) times the weight of their owner (M,); gathered weights live for one product only."""
-
-    @staticmethod
-    def forward(
-        ctx: torch.autograd.function.FunctionCtx, rows: Tensor, weight: Tensor, bias: Tensor, owner: Tensor
-    ) -> Tensor:
-        ctx.save_for_backward(rows, weight, owner)
-        return torch.baddbmm(bias[owner].unsqueeze(1), rows, weight[owner].mT)
-
-    @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        (grad,) = grads
-        rows, weight, owner = ctx.saved_tensors  # type: ignore[attr-defined]
-        member = (owner == torch.arange(len(weight), device=owner.device).unsqueeze(1)).to(grad.dtype)
-        grad_weight = (member @ (grad.mT @ rows).flatten(1)).view_as(weight)
-        return grad @ weight[owner], grad_weight, member @ grad.sum(1), None
-
-
-_block_linear: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] = _BlockLinear.apply

@@ -237,12 +237,14 @@ class TransUNet(nn.Module):
         grid = patches.shape[-2:]
         position = resample_abs_pos_embed(vit.pos_embed, grid, vit.patch_embed.grid_size, num_prefix_tokens=0)
         tokens = vit.pos_drop(patches.flatten(2).mT + position)
+        mixtures: Any = self.mixtures if group is not None else []
+        experts = [mixture.prepare(tokens) for mixture in mixtures]
         for i, block in enumerate(vit.blocks):
             tokens = block(tokens)
-            if group is not None and len(self.mixtures):
-                mixture: Any = self.mixtures[i % len(self.mixtures)]
-                block_gates, indices = mixture.route(tokens, group)
-                tokens = tokens + mixture.mix(tokens, block_gates, indices)
+            if experts:
+                which = i % len(experts)
+                block_gates, indices = mixtures[which].route(tokens, group)
+                tokens = tokens + mixtures[which].mix(tokens, block_gates, indices, experts[which])
                 gates.append(block_gates)
         return vit.norm(tokens).mT.unflatten(2, grid), skips[::-1], gates
 

@@ -46,7 +46,7 @@ def test_phantoms_are_unbalanced_and_shifted_by_group(module_class, attribute):
     data = ready(module_class)
     counts = data.group_counts[attribute]
     assert min(counts) > 0
-    assert max(counts) > 4 * min(counts)
+    assert max(counts) > 3 * min(counts)
     train = data._data("train")
     groups = torch.tensor(train.groups(attribute))
     contrast = torch.stack([_contrast(sample) for sample in train])
@@ -124,10 +124,10 @@ def write_folder(folder, races, start=0, **extra):
 def test_synthetic_folders_are_read_by_the_same_reader_for_training_only(tmp_path):
     real = ready()
     write_folder(tmp_path, [0] * 60 + [1] * 60)
-    data = ready(synthetic=[str(tmp_path)], balance="equal_scale", total=210, race_codes="public")
-    assert data.group_counts["race"] == [70, 70, 70]
+    data = ready(synthetic=[str(tmp_path)], balance="equal_scale", total=300, race_codes="public")
+    assert data.group_counts["race"] == [100, 100, 100]
     made = [r for r in data.splits["train"] if r.synthetic]
-    assert len(made) == 140 - sum(real.group_counts["race"][:2])
+    assert len(made) == 200 - sum(real.group_counts["race"][:2])
     assert data.counts()["test"] == real.counts()["test"]
     batch = next(iter(data.train_dataloader()))
     assert batch["synthetic"].any()

@@ -1,0 +1,127 @@
+"""Every command and every piece of Python in README and docs runs."""
+
+import configparser
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fairdiff_lightning.cli import main
+
+REPOSITORY = Path(__file__).parents[1]
+DOCUMENTS = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+TINY = ["--trainer.fast_dev_run=1", "--trainer.accelerator=cpu", "--trainer.strategy=auto", "--trainer.devices=1"]
+TINY += ["--trainer.precision=32-true", "--data.image_size=32", "--data.batch_size=2", "--data.num_workers=0"]
+
+
+def blocks(language):
+    for document in DOCUMENTS:
+        for i, block in enumerate(re.findall(rf"```{language}\n(.*?)```", document.read_text(), re.DOTALL)):
+            yield pytest.param(block, id=f"{document.name}-{i}")
+
+
+def commands():
+    for block in blocks("bash"):
+        for line in block.values[0].splitlines():
+            yield pytest.param(line.split("#")[0].strip(), id=line[:90])
+
+
+@pytest.fixture
+def repository(tmp_path, monkeypatch):
+    """A folder with the configurations, a trained checkpoint's place and no data."""
+    (tmp_path / "configs").symlink_to(REPOSITORY / "configs")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["fairdiff"])
+    for name in ("FAIRSEG_ROOT", "HAM10000_ROOT", "FAIRSEG_TRANSUNET"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path
+
+
+@pytest.mark.parametrize("command", commands())
+def test_commands_run(command, repository, monkeypatch):
+    words = shlex.split(command)
+    while "=" in words[0]:
+        words.pop(0)  # a checkpoint of a run of hours: what it does is in tests/modules
+    if words[0] == "make":
+        subprocess.run(["make", "-n", *words[1:]], cwd=REPOSITORY, check=True, capture_output=True)
+    elif words[0] == "tensorboard":
+        assert words[1:] == ["--logdir", "runs"]
+    else:
+        assert words[0] == "fairdiff"
+        given = [w for w in words[1:] if not w.startswith(("--data.root", "--ckpt_path"))]
+        network = [] if any("unet.yaml" in w and "trans" not in w for w in words) else ["--model.network=tiny"]
+        main([*given, *TINY, *network])
+
+
+@pytest.mark.parametrize("code", blocks("python"))
+def test_python_runs(code, repository):
+    for clinic in ("north", "south"):
+        (repository / "clinics" / clinic).mkdir(parents=True)
+        for i in range(6):
+            image = np.random.default_rng(i).integers(0, 255, (20, 24, 3), dtype=np.uint8)
+            Image.fromarray(image).save(repository / "clinics" / clinic / f"p{i}_0.png")
+            Image.fromarray((image[..., 0] > 99) * np.uint8(255)).save(
+                repository / "clinics" / clinic / f"p{i}_0_mask.png"
+            )
+    names = {"__name__": "document"}
+    exec(compile(code, "document", "exec"), names)
+    if "Clinics" in names:
+        names["data"].prepare_data()
+        names["data"].setup()
+        batch = next(iter(names["data"].train_dataloader()))
+        assert batch["image"].shape == (4, 3, 32, 32)
+        assert set(batch["attributes"]["clinic"].tolist()) <= {0, 1}
+
+
+def test_links_lead_to_files():
+    for document in DOCUMENTS:
+        for target in re.findall(r"\]\(([^)#]+)[^)]*\)", document.read_text()):
+            if not target.startswith("http"):
+                assert (document.parent / target).is_file(), f"{document.name}: {target}"
+
+
+def test_own_dataset_example_learns(repository):
+    sys.path.insert(0, str(REPOSITORY / "examples"))
+    import own_dataset
+
+    metrics = own_dataset.main(max_epochs=4).callback_metrics
+    assert float(metrics["val/dice"]) > 0.9
+    assert float(metrics["val/es_dice/clinic"]) > 0.8
+
+
+def test_own_module_example_reports(repository):
+    sys.path.insert(0, str(REPOSITORY / "examples"))
+    import own_module
+
+    trainer = own_module.main(max_epochs=1, output_dir="report")
+    assert 0 <= float(trainer.callback_metrics["test/es_dice"]) <= 1
+    assert {p.name for p in Path("report").iterdir()} == {"report.html", "fairness.csv", "fairness.json", "cases.csv"}
+
+
+def test_every_requirement_says_why_it_is_bounded():
+    config = configparser.ConfigParser()
+    config.read(REPOSITORY / "setup.cfg")
+    assert config["options.entry_points"]["console_scripts"].strip() == "fairdiff = fairdiff_lightning.cli:main"
+    lines = (REPOSITORY / "setup.cfg").read_text().split("install_requires =")[1].split("\n[options")[0].splitlines()
+    requirements = [i for i, line in enumerate(lines) if re.match(r"\s+[a-z]", line)]
+    assert len(requirements) > 10
+    for i in requirements:
+        assert lines[i - 1].strip().startswith("#"), lines[i]
+        assert "<" not in lines[i], "an upper cap"
+
+
+def test_importing_the_package_is_light():
+    code = (
+        "import sys, fairdiff_lightning; "
+        "heavy = {'torch', 'lightning', 'monai', 'timm', 'diffusers', 'transformers'} & sys.modules.keys(); "
+        "assert not heavy, heavy; "
+        "import fairdiff_lightning.networks, fairdiff_lightning.metrics, fairdiff_lightning.losses; "
+        "assert not {'lightning', 'monai', 'timm'} & sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, env=dict(os.environ))
