@@ -72,7 +72,9 @@ def test_the_papers_settings_stand_in_the_configurations():
 
 def test_full_size_models_link_to_the_data():
     with torch.device("meta"):
-        cli = build_cli(["--config", str(CONFIGS / "fairseg" / "dmoe.yaml"), "--data.init_args.num_workers=0"], run=False)
+        cli = build_cli(
+            ["--config", str(CONFIGS / "fairseg" / "dmoe.yaml"), "--data.init_args.num_workers=0"], run=False
+        )
     assert sum(p.numel() for p in cli.model.parameters()) == 129_489_699
     assert cli.model.hparams["num_groups"] == {"race": 3}
 

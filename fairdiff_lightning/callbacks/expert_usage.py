@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from typing import Any
 
 import torch
@@ -12,8 +13,12 @@ from torch import Tensor
 from fairdiff_lightning.callbacks.figures import heat_map, log_figure
 
 
+PATIENCE = 5
+"""Validations after which an expert that nobody has used is reported: routers need a few epochs to spread out."""
+
+
 class ExpertUsageHeatMap(Callback):
-    """Logs the experts' shares of each group as ``val/expert_usage``, and warns once when experts are not used.
+    """Logs the experts' shares of each group as ``val/expert_usage``, and warns once when experts stay unused.
 
     Reads ``pl_module.expert_usage``, a torchmetrics Metric that computes shares (G + 1, E), the unknown group last, as
     :class:`~fairdiff_lightning.metrics.ExpertUsage` does; a module without one is left alone. Groups are named by the
@@ -25,6 +30,7 @@ class ExpertUsageHeatMap(Callback):
     """
 
     def __init__(self) -> None:
+        self._unused: deque[set[int]] = deque(maxlen=PATIENCE)
         self._warned = False
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -35,12 +41,14 @@ class ExpertUsageHeatMap(Callback):
         shares: Tensor = metric.compute().detach().float().cpu()
         if not trainer.is_global_zero or bool(shares.isnan().all()):
             return
-        unused = unused_experts(shares)
-        if unused and not self._warned:
+        self._unused.append(set(unused_experts(shares)))
+        unused = set.intersection(*self._unused)
+        if unused and len(self._unused) == PATIENCE and not self._warned:
             self._warned = True
             rank_zero_warn(
-                f"Experts {unused} of {shares.shape[1]} receive less than a tenth of an even share from every group: "
-                "the router has collapsed. A load-balance loss of positive weight, or fewer experts, may help."
+                f"Experts {sorted(unused)} of {shares.shape[1]} have received less than a tenth of an even share from "
+                f"every group in {PATIENCE} validations: the router has collapsed. A load-balance loss of positive "
+                "weight, or fewer experts, may help."
             )
         names = _row_names(trainer, pl_module, len(shares) - 1)
         experts = [f"expert {index}" for index in range(shares.shape[1])]

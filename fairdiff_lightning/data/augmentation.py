@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 
 class RandomRotateFlip(nn.Module):
-    """The papers' augmentation in one resampling of the batch (dMoE and FairSeg training transform).
+    """The papers' augmentation in one resampling of the batch by MONAI (dMoE and FairSeg training transform).
 
     With probability ``p`` a rotation by 0, 90, 180 or 270 degrees and then a flip of a random axis, always one;
     else with probability ``p`` a rotation by whole degrees in [-degrees, degrees), zero outside; else nothing.
@@ -20,7 +22,9 @@ class RandomRotateFlip(nn.Module):
         interpolation: of the image; ``nearest`` is the reference's.
     """
 
-    def __init__(self, p: float = 0.5, degrees: int = 20, interpolation: str = "bilinear") -> None:
+    def __init__(
+        self, p: float = 0.5, degrees: int = 20, interpolation: Literal["bilinear", "nearest"] = "bilinear"
+    ) -> None:
         super().__init__()
         self.p, self.degrees, self.interpolation = p, degrees, interpolation
 
@@ -43,18 +47,18 @@ class RandomRotateFlip(nn.Module):
         Args:
             image: floating point.
             mask: class indices.
-            matrices: (B, 2, 2), output to input coordinates (x, y) in pixels.
+            matrices: (B, 2, 2), output to input coordinates (row, column) in pixels.
         """
-        height, width = image.shape[-2:]
-        aspect = torch.tensor([[1.0, height / width], [width / height, 1.0]])
-        theta = F.pad(matrices * aspect, (0, 1)).to(image.device, image.dtype, non_blocking=True)
-        grid = F.affine_grid(theta, [len(image), 1, height, width], align_corners=False)
-        moved = F.grid_sample(image, grid, self.interpolation, "zeros", align_corners=False)
-        labels = F.grid_sample(mask.to(image.dtype), grid, "nearest", "zeros", align_corners=False)
+        from monai.networks.layers import AffineTransform
+
+        theta = F.pad(matrices, (0, 1)).to(image.device, image.dtype, non_blocking=True)
+        settings = {"align_corners": False, "zero_centered": True}
+        moved: Tensor = AffineTransform(mode=self.interpolation, **settings)(image, theta)
+        labels: Tensor = AffineTransform(mode="nearest", **settings)(mask.to(image.dtype), theta)
         return moved, labels.to(mask.dtype)
 
     def draw(self, count: int, square: bool, generator: torch.Generator | None = None) -> Tensor:
-        """Draw the (count, 2, 2) matrices that map output to input coordinates (x, y)."""
+        """Draw the (count, 2, 2) matrices that map output to input coordinates (row, column)."""
         branch = torch.rand(2, count, generator=generator) < self.p
         turns, step = (4, 1) if square else (2, 2)
         quarter = torch.randint(turns, (count,), generator=generator) * step
@@ -62,7 +66,7 @@ class RandomRotateFlip(nn.Module):
         free = torch.randint(-self.degrees, max(self.degrees, 1 - self.degrees), (count,), generator=generator)
         angle = torch.where(branch[0], quarter * (torch.pi / 2), free * (torch.pi / 180) * branch[1])
         cos, sin = angle.cos(), angle.sin()
-        rotation = torch.stack([cos, -sin, sin, cos], -1).view(-1, 2, 2)
+        rotation = torch.stack([cos, sin, -sin, cos], -1).view(-1, 2, 2)
         signs = torch.ones(count, 2)
         signs[torch.arange(count), axis] = 1 - 2 * branch[0].float()
         return rotation * signs[:, None]

@@ -41,75 +41,126 @@ def prepare_experts(experts: Iterable[Iterable[Tensor]], dtype: torch.dtype, dis
         dtype: of the rows.
         dispatch: the way.
     """
-    parameters = [[p.to(dtype) for p in expert] for expert in experts]
+    parameters = [list(expert) for expert in experts]
     if dispatch == "split":
-        return _SplitExperts(parameters)
-    w1, b1, w2, b2 = (torch.stack(kind) for kind in zip(*parameters, strict=True))
+        return _SplitExperts(parameters, dtype)
+    w1, b1, w2, b2 = (torch.stack([p.to(dtype) for p in kind]) for kind in zip(*parameters, strict=True))
     return partial(_grouped if dispatch == "grouped" else _blocks, w1=w1, b1=b1, w2=w2, b2=b2)
 
 
 class _SplitExperts:
     """One product per expert on its own rows; the sizes are read by the host, which costs nothing on a CPU.
 
-    The weights pass through every call, so that their gradient comes back through every call, growing in place: where
-    blocks share the experts, autograd would make and add as many gradients of 151 MB (ViT-B) as there are blocks.
+    The weights' gradient is not made call by call, by products with few rows that add up matrices of 151 MB (ViT-B),
+    but from the rows of many calls at once. A token passes through the calls: its gradient comes back to the weights
+    when all calls have put theirs down.
     """
 
-    def __init__(self, parameters: list[list[Tensor]]) -> None:
-        self.parameters = [p for expert in parameters for p in expert]
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def __init__(self, parameters: list[list[Tensor]], dtype: torch.dtype) -> None:
+        self.weights = [[p.detach().to(dtype) for p in expert] for expert in parameters]
+        self.ledger = _Ledger()
+        self.token: Tensor = _Collect.apply(self.ledger, *(p for expert in parameters for p in expert))  # type: ignore[no-untyped-call]
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, rows: Tensor, ends: Tensor) -> Tensor:
         sizes = ends.diff(prepend=ends.new_zeros(1)).tolist()
         out: Tensor
-        out, *self.parameters = _SplitMLP.apply(rows, sizes, *self.parameters)  # type: ignore[no-untyped-call]
+        out, self.token = _SplitMLP.apply(rows, self.token, sizes, self.weights, self.ledger)  # type: ignore[no-untyped-call]
         return out
 
 
-class _SplitMLP(torch.autograd.Function):
-    """Rows, sizes and (w1, b1, w2, b2) of each expert -> rows, and the parameters again."""
+class _Ledger:
+    """Rows and gradients of which the weights' gradient is made, expert by expert."""
+
+    LIMIT = 4096  # rows to wait for: enough for efficient products, about 130 MB for ViT-B
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        self.calls: list[list[tuple[Tensor, ...]]] = []  # call, expert, (rows, hidden, gradients of both layers)
+        self.count = 0
+        self.sums: list[list[Tensor]] = []  # expert, parameter
+
+    def add(self, call: list[tuple[Tensor, ...]]) -> None:
+        self.calls.append(call)
+        self.count += sum(len(parts[0]) for parts in call)
+        if self.count >= self.LIMIT:
+            self.total()
+
+    def total(self) -> list[list[Tensor]]:
+        """Gradients of each expert's parameters."""
+        for i, calls in enumerate(zip(*self.calls, strict=True)):
+            x, h, gh, g = calls[0] if len(calls) == 1 else (torch.cat(parts) for parts in zip(*calls, strict=True))
+            if i == len(self.sums):
+                self.sums.append([gh.t() @ x, gh.sum(0), h.t() @ g, g.sum(0)])
+                continue
+            w1, b1, w2, b2 = self.sums[i]
+            torch.addmm(w1, gh.t(), x, out=w1)
+            torch.addmm(w2, h.t(), g, out=w2)
+            b1 += gh.sum(0)
+            b2 += g.sum(0)
+        self.calls, self.count = [], 0
+        return self.sums
+
+
+class _Collect(torch.autograd.Function):
+    """Parameters -> the token that stands for them; its gradient is what the ledger holds."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, rows: Tensor, sizes: list[int], *parameters: Tensor) -> tuple[Tensor, ...]:
-        hidden, out = rows.new_empty(len(rows), len(parameters[0])), torch.empty_like(rows)
-        parts = zip(rows.split(sizes), hidden.split(sizes), out.split(sizes), _by_expert(parameters), strict=True)
-        for x, h, y, (w1, b1, w2, b2) in parts:
+    def forward(ctx: Any, ledger: _Ledger, *parameters: Tensor) -> Tensor:
+        ctx.ledger = ledger
+        ctx.set_materialize_grads(False)
+        return parameters[0].new_zeros(())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, token: Tensor | None) -> tuple[Any, ...]:
+        sums = [] if token is None else ctx.ledger.total()
+        ctx.ledger.clear()
+        return None, *(g for expert in sums for g in expert)
+
+
+class _SplitMLP(torch.autograd.Function):
+    """Rows and token -> rows and token, by the weights of each expert."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows: Tensor, token: Tensor, sizes: list[int], weights: list[list[Tensor]], ledger: _Ledger
+    ) -> tuple[Tensor, Tensor]:
+        hidden, out = rows.new_empty(len(rows), len(weights[0][0])), torch.empty_like(rows)
+        for x, h, y, (w1, b1, w2, b2) in zip(*_parts(sizes, rows, hidden, out), weights, strict=True):
             torch.addmm(b1, x, w1.t(), out=h).relu_()
             torch.addmm(b2, h, w2, out=y)
         ctx.set_materialize_grads(False)
-        ctx.sizes = sizes  # type: ignore[attr-defined]
-        ctx.save_for_backward(rows, hidden, *parameters)
-        return out, *(p.detach() for p in parameters)
+        ctx.sizes, ctx.weights, ctx.ledger = sizes, weights, ledger
+        ctx.save_for_backward(rows, hidden)
+        return out, token.clone()
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, grad: Tensor | None, *sums: Tensor | None) -> tuple[Any, ...]:
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor | None, token: Tensor | None) -> tuple[Any, ...]:
         if grad is None:
-            return None, None, *sums
-        rows, hidden, *parameters = ctx.saved_tensors
+            return None, token, None, None, None
+        if token is None:  # the first call that this backward pass reaches
+            ctx.ledger.clear()
+        rows, hidden = ctx.saved_tensors
         grad, grad_rows = grad.contiguous(), torch.empty_like(rows)
-        parts = zip(*(t.split(ctx.sizes) for t in (rows, hidden, grad, grad_rows)), strict=True)
-        total: list[Tensor | None] = []
-        for (x, h, g, gx), (w1, _, w2, _), (s1, t1, s2, t2) in zip(
-            parts, _by_expert(parameters), _by_expert(sums), strict=True
+        call = []
+        for x, h, g, gx, (w1, _, w2, _) in zip(
+            *_parts(ctx.sizes, rows, hidden, grad, grad_rows), ctx.weights, strict=True
         ):
             gh = torch.ops.aten.threshold_backward(g @ w2.t(), h, 0)
             torch.mm(gh, w1, out=gx)
-            if any(ctx.needs_input_grad[2:]):
-                total += [_add_product(s1, gh, x), _add_sum(t1, gh), _add_product(s2, h, g), _add_sum(t2, g)]
-        return grad_rows, None, *(total or sums)
+            call.append((x, h, gh, g))
+        if ctx.needs_input_grad[1]:
+            ctx.ledger.add(call)
+        return grad_rows, rows.new_zeros(()), None, None, None
 
 
-def _by_expert(parameters: Any) -> list[Any]:
-    return [parameters[i : i + 4] for i in range(0, len(parameters), 4)]
-
-
-def _add_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
-    return left.t() @ right if total is None else torch.addmm(total, left.t(), right, out=total)
-
-
-def _add_sum(total: Tensor | None, grad: Tensor) -> Tensor:
-    return grad.sum(0) if total is None else total.add_(grad.sum(0))
+def _parts(sizes: list[int], *tensors: Tensor) -> list[tuple[Tensor, ...]]:
+    return [torch.split(tensor, sizes) for tensor in tensors]
 
 
 def _grouped(rows: Tensor, ends: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torchmetrics import Metric
 
 from fairdiff_lightning.callbacks import ExpertUsageHeatMap, SampleGrid
-from fairdiff_lightning.callbacks.expert_usage import unused_experts
+from fairdiff_lightning.callbacks.expert_usage import PATIENCE, unused_experts
 
 SAMPLES = [sample(f"s{i}", i % 2, (0.5, 0.5)) for i in range(5)]
 
@@ -114,7 +114,9 @@ def test_collapse_is_warned_of_once(tmp_path, drawn):
     collapsed = torch.tensor([[0.5, 0.5, 0.0, 0.0]] * 4)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        fit(tmp_path, Mixture(collapsed), ExpertUsageHeatMap(), epochs=3)
+        fit(tmp_path, Mixture(collapsed), ExpertUsageHeatMap(), epochs=PATIENCE - 1)
+        assert not [w for w in caught if "collapsed" in str(w.message)], "routers need some epochs to spread out"
+        fit(tmp_path, Mixture(collapsed), ExpertUsageHeatMap(), epochs=PATIENCE + 2)
     messages = [str(w.message) for w in caught if "collapsed" in str(w.message)]
     assert len(messages) == 1
     assert "Experts [2, 3] of 4" in messages[0]

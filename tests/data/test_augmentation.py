@@ -38,7 +38,7 @@ def test_branches_have_the_papers_probabilities():
     still = (matrices - torch.eye(2)).abs().amax((1, 2)) < 1e-6
     assert flipped.float().mean().item() == pytest.approx(0.5, abs=0.01)
     assert still.float().mean().item() == pytest.approx(0.25 + 0.25 / 40, abs=0.01), "none, or free by 0 degrees"
-    angles = torch.atan2(matrices[:, 1, 0], matrices[:, 0, 0])[~flipped].rad2deg().round()
+    angles = torch.atan2(matrices[:, 0, 1], matrices[:, 0, 0])[~flipped].rad2deg().round()
     assert (angles.min(), angles.max()) == (-20, 19)
 
 

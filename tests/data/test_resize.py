@@ -75,14 +75,14 @@ def reference_draw(seed):
     np.random.seed(seed)  # noqa: NPY002
     if random.random() > 0.5:
         quarter, axis = np.random.randint(0, 4), np.random.randint(0, 2)  # noqa: NPY002
-        angle, flip = quarter * np.pi / 2, (-1.0 if axis == 1 else 1.0, -1.0 if axis == 0 else 1.0)
+        angle, flip = quarter * np.pi / 2, (-1.0 if axis == 0 else 1.0, -1.0 if axis == 1 else 1.0)
         name = "rot90+flip"
     elif random.random() > 0.5:
         angle, flip, name = np.deg2rad(np.random.randint(-20, 20)), (1.0, 1.0), "rotate"  # noqa: NPY002
     else:
         angle, flip, name = 0.0, (1.0, 1.0), "none"
     cos, sin = np.cos(angle), np.sin(angle)
-    return name, torch.tensor(np.array([[cos, -sin], [sin, cos]]) * flip)
+    return name, torch.tensor(np.array([[cos, sin], [-sin, cos]]) * flip)
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -106,8 +106,7 @@ def test_augmentation_is_the_references_for_its_draws(reference, seed):
 
 def _inside_pixel_centres(matrix, side):
     centred = torch.arange(side).double() - (side - 1) / 2
-    y, x = torch.meshgrid(centred, centred, indexing="ij")
-    source = torch.stack([x, y], -1) @ matrix.T
+    source = torch.stack(torch.meshgrid(centred, centred, indexing="ij"), -1) @ matrix.T
     return (source.abs() <= (side - 1) / 2).all(-1)
 
 
