@@ -147,6 +147,14 @@ def test_predictions_are_written_in_the_data_sets_format_and_read_back(tmp_path)
     assert len(manifest.read_text().splitlines()) == 9
 
 
+def test_sliding_windows_at_native_size_train_nothing_but_test(tmp_path):
+    native = ["--data.init_args.image_size=null", "--data.init_args.crop=null", "--data.init_args.evaluate_at=native"]
+    sliding = ["--model.init_args.inference=sliding", "--model.init_args.roi_size=[64,64]"]
+    main(["test", *DEMO, *native, *sliding, "--trainer.limit_test_batches=1"])
+    assert report()["images"] == 4
+    assert report()["run"]["hparams"]["image_size"] is None
+
+
 def test_training_keeps_best_and_last_and_both_are_found_again():
     main(["fit", *DEMO, *SHORT])
     folder = "runs/demo/fairseg_dmoe/lightning_logs/version_0"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal, cast
 
 import torch
@@ -14,10 +15,12 @@ from fairdiff_lightning.data.sample import Sample
 from fairdiff_lightning.losses import FEBSLoss, FocalLoss, dice_ce_loss
 from fairdiff_lightning.metrics import GroupedScores
 from fairdiff_lightning.metrics.functional import EmptyPolicy, dice_score, equity_scaled
+from fairdiff_lightning.metrics.surface import SurfaceEmptyPolicy, surface_scores
 from fairdiff_lightning.modules.schedules import RunLengthSchedule
 from fairdiff_lightning.networks.build import NetworkName, build_network
 from fairdiff_lightning.networks.checkpoint import LoadReport, Source, check_state_dict, describe, read_state_dict
 
+OVERLAP = ("dice", "iou")
 EVERYONE = "everyone"
 """Table of scores of a module without attributes."""
 
@@ -43,6 +46,7 @@ class Segmenter(LightningModule):
         inference: ``whole`` images, or ``sliding`` windows of ``roi_size`` blended by a Gaussian.
         roi_size: side, or height and width, of a window.
         overlap: share of a window that the next one covers again.
+        surface_metrics: also measure the Hausdorff distance (95 %, pixels) and the surface Dice (5 pixels) in tests.
         reference_behaviour: score empty masks (``empty="reference"``) and weigh absent and unknown groups (FEBS) as the
             papers' code does.
         init_from: checkpoint (ours) whose network weights training starts from.
@@ -58,7 +62,8 @@ class Segmenter(LightningModule):
     Logs:
         ``train/loss``; and for val and test ``loss``, ``dice``, ``iou`` (mean over images, then over the foreground
         classes), ``dice/class_<k>``, and for each attribute ``es_dice/<attribute>``, ``es_iou/<attribute>``,
-        ``worst_dice/<attribute>``, ``gap_dice/<attribute>`` and ``dice/<attribute>/<group>``.
+        ``worst_dice/<attribute>``, ``gap_dice/<attribute>`` and ``dice/<attribute>/<group>``; ``hd95`` and ``nsd`` in
+        tests when asked for.
     """
 
     def __init__(
@@ -78,6 +83,7 @@ class Segmenter(LightningModule):
         inference: Literal["whole", "sliding"] = "whole",
         roi_size: int | tuple[int, int] = 224,
         overlap: float = 0.5,
+        surface_metrics: bool = False,
         reference_behaviour: bool = False,
         init_from: str | None = None,
         compile: bool = False,
@@ -95,7 +101,10 @@ class Segmenter(LightningModule):
             network, in_channels, num_classes, image_size or roi_size, self.network_arguments()
         )
         self.loss = self._make_loss()
-        self.tables = nn.ModuleDict({stage: self._make_tables() for stage in ("val", "test")})
+        surfaces = ("hd95", "nsd") if surface_metrics else ()
+        self.tables = nn.ModuleDict(
+            {"val": self._make_tables(OVERLAP), "test": self._make_tables((*OVERLAP, *surfaces))}
+        )
         if init_from is not None:
             self.load_network(init_from)
 
@@ -227,18 +236,28 @@ class Segmenter(LightningModule):
         logits = self.infer(batch, stage)
         self.log(f"{stage}/loss", self.objective(logits, batch), batch_size=len(batch["image"]), sync_dist=True)
         prediction, truth = self._decide(logits, batch), batch.get("native_mask", batch["mask"])
-        dice = self._dice(prediction, truth)
-        scores = {"dice": dice, "iou": dice / (2 - dice)}
+        scores = self._scores(prediction, truth, surfaces=stage == "test" and self.hparams["surface_metrics"])
+        everyone = torch.zeros(len(batch["image"]), dtype=torch.int64, device=self.device)
         for name, tables in self._stage_tables(stage).items():
             for attribute, table in tables.items():
-                everyone = torch.zeros(len(dice), dtype=torch.int64, device=dice.device)
                 table.update(scores[name], batch["attributes"][attribute] if attribute != EVERYONE else everyone)
         return {"prediction": prediction, **scores}
 
-    def _dice(self, prediction: Tensor | list[Tensor], truth: Tensor | list[Tensor]) -> Tensor:
-        if isinstance(prediction, Tensor) and isinstance(truth, Tensor):
-            return dice_score(prediction, truth, self.hparams["num_classes"], self.empty)
-        return torch.cat([self._dice(p[None], t[None]) for p, t in zip(prediction, truth, strict=True)])
+    def _scores(
+        self, prediction: Tensor | list[Tensor], truth: Tensor | list[Tensor], surfaces: bool = False
+    ) -> dict[str, Tensor]:
+        """Scores (B, K - 1) of each image, by name; images of unequal size are scored one by one."""
+        if not isinstance(prediction, Tensor) or not isinstance(truth, Tensor):
+            rows = [self._scores(p[None], t[None], surfaces) for p, t in zip(prediction, truth, strict=True)]
+            return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+        num_classes = self.hparams["num_classes"]
+        dice = dice_score(prediction, truth, num_classes, self.empty)
+        scores = {"dice": dice, "iou": dice / (2 - dice)}
+        if surfaces:
+            policy: SurfaceEmptyPolicy = "reference" if self.empty == "reference" else "skip"
+            surface = surface_scores(prediction, truth, num_classes, empty=policy)
+            scores |= {"hd95": surface.hausdorff95, "nsd": surface.surface_dice}
+        return scores
 
     def _stage_tables(self, stage: str) -> dict[str, dict[str, GroupedScores]]:
         return cast(dict[str, dict[str, GroupedScores]], self.tables[stage])
@@ -253,9 +272,10 @@ class Segmenter(LightningModule):
                 values[f"{stage}/{metric}"] = result["mean"]
                 values |= {f"{stage}/{metric}/class_{c + 1}": value for c, value in enumerate(overall)}
                 if attribute != EVERYONE:
-                    values[f"{stage}/es_{metric}/{attribute}"] = equity_scaled(overall, groups).nanmean()
-                    values[f"{stage}/worst_{metric}/{attribute}"] = result["worst_group"]
                     values[f"{stage}/gap_{metric}/{attribute}"] = result["max_gap"]
+                    if metric in OVERLAP:
+                        values[f"{stage}/es_{metric}/{attribute}"] = equity_scaled(overall, groups).nanmean()
+                        values[f"{stage}/worst_{metric}/{attribute}"] = result["worst_group"]
                     labels = names.get(attribute, range(len(groups)))
                     means = zip(labels, groups.nanmean(1), strict=True)
                     values |= {f"{stage}/{metric}/{attribute}/{label}": mean for label, mean in means}
@@ -269,10 +289,10 @@ class Segmenter(LightningModule):
             return FEBSLoss(num_groups, h["gamma"], *weights, reference_behaviour=h["reference_behaviour"])
         return FocalLoss() if h["loss"] == "focal" else dice_ce_loss(h["ce_weight"], h["dice_weight"])
 
-    def _make_tables(self) -> nn.ModuleDict:
+    def _make_tables(self, metrics: Sequence[str]) -> nn.ModuleDict:
         groups, classes = self.num_groups or {EVERYONE: 1}, self.hparams["num_classes"]
         return nn.ModuleDict(
-            {name: nn.ModuleDict({a: GroupedScores(classes, n) for a, n in groups.items()}) for name in ("dice", "iou")}
+            {name: nn.ModuleDict({a: GroupedScores(classes, n) for a, n in groups.items()}) for name in metrics}
         )
 
     def _checked_attribute(self, attribute: str | None, needed: bool) -> str | None:

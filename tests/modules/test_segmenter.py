@@ -184,9 +184,11 @@ def test_sliding_windows_carry_the_group_of_their_image():
     module = DMoESegmenter(
         **SMALL | {"image_size": 16}, num_groups={"race": 3}, num_experts=3, inference="sliding", roi_size=16
     ).eval()
-    for name, parameter in module.network.named_parameters():
-        if "mixtures" in name:
-            torch.nn.init.normal_(parameter)
+    for part in module.modules():
+        if isinstance(part, torch.nn.BatchNorm2d):
+            part.momentum = 1.0
+    module.train()(torch.rand(8, 1, 16, 16), torch.arange(8) % 3)  # statistics with which differences are not flattened
+    module.eval()
     batch = collate([sample(i, 40) for i in range(3)])
     with torch.no_grad():
         together = module.infer(batch, "test")
@@ -243,8 +245,16 @@ def test_reference_behaviour_restores_noise_and_empty_scores():
     with torch.no_grad():
         assert not torch.equal(module(batch["image"], group), module(batch["image"], group))
     empty = torch.zeros(1, 1, 4, 4, dtype=torch.int64)
-    assert module._dice(empty, empty).tolist() == [[0, 0]]
-    assert module._dice(empty + 1, empty).tolist() == [[1, 0]]
+    assert module._scores(empty, empty)["dice"].tolist() == [[0, 0]]
+    assert module._scores(empty + 1, empty)["iou"].tolist() == [[1, 0]]
+
+
+def test_surface_metrics_are_logged_when_asked_for(tmp_path):
+    run = trainer(tmp_path)
+    run.test(Segmenter(**SMALL, num_groups={"race": 3}, surface_metrics=True), Contract(), verbose=False)
+    assert float(run.callback_metrics["test/hd95"]) > 0
+    assert 0 <= float(run.callback_metrics["test/nsd/race/0"]) <= 1
+    assert "test/es_hd95/race" not in run.callback_metrics, "a distance has no equity scaling"
 
 
 def test_expert_usage_is_counted_in_validation(tmp_path):
