@@ -1,8 +1,8 @@
 """How fair are plain training, oversampling, FEBS, MoE and dMoE on the phantom? A table, as it comes out.
 
-``python benchmarks/fairness_phantom.py``: every method gets the same network, optimizer and number of steps; FEBS, as in
-its paper, spends the last quarter of them fine-tuning. Scores are averaged over the seeds for each test image, and the
-intervals (95 %) resample the test images within their groups.
+``python benchmarks/fairness_phantom.py``: every method gets the same network, optimizer and number of steps; FEBS, as
+in its paper, spends the last quarter of them fine-tuning. Scores are averaged over the seeds for each test image, and
+the intervals (95 %) resample the test images within their groups.
 """
 
 from __future__ import annotations
@@ -96,6 +96,8 @@ if __name__ == "__main__":
         ]
         lines.append(f"| {method} | " + " | ".join(summary(tables, attribute, names)) + " |")
         print(lines[-1], flush=True)
-    print(f"\n{machine()}; {args.dataset} phantom, {args.seeds} seeds, {args.steps} steps each, {time.time() - start:.0f} s\n")
-    print("| method | Dice | worst group | ES-Dice | " + " | ".join(names) + " |\n" + "|---" * (4 + len(names)) + "|")
+    setting = f"{args.dataset} phantom, {args.seeds} seeds, {args.steps} steps each"
+    print(f"\n{machine()}; {setting}, {time.time() - start:.0f} s\n")
+    print("| method | Dice | worst group | ES-Dice | " + " | ".join(names) + " |")
+    print("|---" * (4 + len(names)) + "|")
     print("\n".join(lines))

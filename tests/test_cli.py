@@ -114,8 +114,10 @@ def test_every_argument_has_help(name, capsys):
 
 def test_bare_names_and_dots_work_without_a_configuration():
     main(
-        ["fit", "--model=Segmenter", "--model.network=tiny", "--data=HAM10000DataModule", "--data.image_size=32"]
-        + ["--data.attributes=[sex]", "--trainer.fast_dev_run=1", "--trainer.accelerator=cpu"]
+        [
+            *("fit", "--model=Segmenter", "--model.network=tiny", "--data=HAM10000DataModule", "--data.image_size=32"),
+            *("--data.attributes=[sex]", "--trainer.fast_dev_run=1", "--trainer.accelerator=cpu"),
+        ]
     )
 
 

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from fairdiff_lightning.callbacks.figures import heat_map, log_figure
 
-
 PATIENCE = 5
 """Validations after which an expert that nobody has used is reported: routers need a few epochs to spread out."""
 

@@ -43,9 +43,11 @@ def prepare_experts(experts: Iterable[Iterable[Tensor]], dtype: torch.dtype, dis
     """
     parameters = [list(expert) for expert in experts]
     if dispatch == "split":
-        return _SplitExperts(parameters, dtype)
+        split: ExpertFunction = _SplitExperts(parameters, dtype)
+        return split
     w1, b1, w2, b2 = (torch.stack([p.to(dtype) for p in kind]) for kind in zip(*parameters, strict=True))
-    return partial(_grouped if dispatch == "grouped" else _blocks, w1=w1, b1=b1, w2=w2, b2=b2)
+    multiply: ExpertFunction = partial(_grouped if dispatch == "grouped" else _blocks, w1=w1, b1=b1, w2=w2, b2=b2)
+    return multiply
 
 
 class _SplitExperts:
@@ -110,16 +112,18 @@ class _Collect(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, ledger: _Ledger, *parameters: Tensor) -> Tensor:
-        ctx.ledger = ledger
+        ctx.ledger, ctx.count = ledger, len(parameters)
         ctx.set_materialize_grads(False)
         return parameters[0].new_zeros(())
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, token: Tensor | None) -> tuple[Any, ...]:
-        sums = [] if token is None else ctx.ledger.total()
+        if token is None:
+            return tuple(None for _ in range(1 + ctx.count))
+        sums = ctx.ledger.total()
         ctx.ledger.clear()
-        return None, *(g for expert in sums for g in expert)
+        return None, *(grad for expert in sums for grad in expert)
 
 
 class _SplitMLP(torch.autograd.Function):
@@ -134,8 +138,8 @@ class _SplitMLP(torch.autograd.Function):
             torch.addmm(b1, x, w1.t(), out=h).relu_()
             torch.addmm(b2, h, w2, out=y)
         ctx.set_materialize_grads(False)
-        ctx.sizes, ctx.weights, ctx.ledger = sizes, weights, ledger
-        ctx.save_for_backward(rows, hidden)
+        ctx.sizes, ctx.ledger = sizes, ledger
+        ctx.save_for_backward(rows, hidden, *(w for expert in weights for w in expert))
         return out, token.clone()
 
     @staticmethod
@@ -145,12 +149,11 @@ class _SplitMLP(torch.autograd.Function):
             return None, token, None, None, None
         if token is None:  # the first call that this backward pass reaches
             ctx.ledger.clear()
-        rows, hidden = ctx.saved_tensors
+        rows, hidden, *flat = ctx.saved_tensors
+        weights = [flat[i : i + 4] for i in range(0, len(flat), 4)]
         grad, grad_rows = grad.contiguous(), torch.empty_like(rows)
         call = []
-        for x, h, g, gx, (w1, _, w2, _) in zip(
-            *_parts(ctx.sizes, rows, hidden, grad, grad_rows), ctx.weights, strict=True
-        ):
+        for x, h, g, gx, (w1, _, w2, _) in zip(*_parts(ctx.sizes, rows, hidden, grad, grad_rows), weights, strict=True):
             gh = torch.ops.aten.threshold_backward(g @ w2.t(), h, 0)
             torch.mm(gh, w1, out=gx)
             call.append((x, h, gh, g))

@@ -217,7 +217,7 @@ class DistributionAwareMoE(nn.Module):
     ) -> None:
         super().__init__()
         self.router = GroupRouter(channels, num_experts, top_k, num_groups, noise_in_eval, unknown_group)
-        # One module per expert, not parameters of (E, ...): the CPU's allocator would map so large a gradient each step.
+        # A module each, not parameters of (E, ...): the CPU's allocator would map gradients so large anew each step.
         self.experts = nn.ModuleList(Expert(channels, hidden_ratio * channels) for _ in range(num_experts))
         self.dropout = nn.Dropout(dropout)
 
