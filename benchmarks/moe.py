@@ -6,7 +6,6 @@ Forward and backward at (B, 196, 768), 8 experts, top 2, 3 groups. `python bench
 from __future__ import annotations
 
 import argparse
-import copy
 import warnings
 from collections.abc import Callable
 from statistics import median
@@ -35,6 +34,18 @@ class PlainMoE(nn.Module):
             )
             for _ in range(num_experts)
         )
+
+    @torch.no_grad()
+    def copy_from(self, other: DistributionAwareMoE) -> None:
+        for g, linears in enumerate(zip(self.logits, self.spread, strict=True)):
+            for row, linear in enumerate(linears):
+                linear.weight.copy_(other.router.weight[g, row])
+                linear.bias.copy_(other.router.bias[g, row])
+        for plain, expert in zip(self.experts, other.experts, strict=True):
+            plain[0].weight.copy_(expert.weight1)
+            plain[0].bias.copy_(expert.bias1)
+            plain[2].weight.copy_(expert.weight2.t())
+            plain[2].bias.copy_(expert.bias2)
 
     def route(self, tokens: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
         rows = []
@@ -84,10 +95,7 @@ def compare(device: str, batch_size: int, dtype: torch.dtype, rounds: int) -> tu
     torch.manual_seed(0)
     ours = DistributionAwareMoE(CHANNELS, num_groups=GROUPS).to(device)
     plain = PlainMoE(CHANNELS, 8, 2, GROUPS).to(device)
-    plain.experts.load_state_dict(copy.deepcopy(ours.experts.state_dict()))
-    for g in range(GROUPS):
-        for row, linear in enumerate((plain.logits[g], plain.spread[g])):
-            linear.load_state_dict({"weight": ours.router.weight[g, row], "bias": ours.router.bias[g, row]})
+    plain.copy_from(ours)
     tokens = torch.randn(batch_size, TOKENS, CHANNELS, device=device)
     group = torch.arange(batch_size, device=device) % GROUPS
     steps = {"ours": training_step(ours, tokens, group, dtype), "loop": training_step(plain, tokens, group, dtype)}

@@ -224,13 +224,16 @@ def test_killed_run_resumes_to_the_same_weights():
     assert_same_weights(newest_checkpoint(Path("whole"), "last"), newest_checkpoint(Path("killed"), "last"))
 
 
-def test_two_processes_test_to_the_same_numbers():
-    main(["fit", *DEMO, *SHORT, "--trainer.max_epochs=1"])
+def test_two_processes_train_together_and_test_to_the_numbers_of_one():
+    def run_in_two(*arguments):
+        command = [sys.executable, "-m", "fairdiff_lightning", *arguments]
+        subprocess.run([*command, "--trainer.strategy=ddp", "--trainer.devices=2"], check=True, capture_output=True)
+
+    run_in_two("fit", *DEMO, *SHORT, "--trainer.max_epochs=1", "--data.init_args.sampler=group_balanced")
     checkpoint = newest_checkpoint(Path(), "best").resolve()
     arguments = ["test", *DEMO, f"--ckpt_path={checkpoint}", "--data.init_args.batch_size=7"]
     main([*arguments, "--trainer.default_root_dir=one"])
-    command = [sys.executable, "-m", "fairdiff_lightning", *arguments, "--trainer.default_root_dir=two"]
-    subprocess.run([*command, "--trainer.strategy=ddp", "--trainer.devices=2"], check=True, capture_output=True)
+    run_in_two(*arguments, "--trainer.default_root_dir=two")
     one, two = (next(Path(name).rglob("fairness.csv")).read_text().splitlines() for name in ("one", "two"))
     assert len(one) == len(two) > 10
     for a, b in zip(one[1:], two[1:], strict=True):

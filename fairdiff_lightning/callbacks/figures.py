@@ -129,6 +129,10 @@ def heat_map(matrix: ArrayLike, rows: Sequence[str], columns: Sequence[str], tit
     return figure
 
 
+LOGGED_DPI = 80
+"""Resolution of logged pictures: event files keep every one of them."""
+
+
 def log_figure(trainer_or_loggers: Trainer | Iterable[Logger], tag: str, figure: Figure, step: int) -> None:
     """Hand a figure to every logger that takes pictures; the others are left alone.
 
@@ -141,6 +145,7 @@ def log_figure(trainer_or_loggers: Trainer | Iterable[Logger], tag: str, figure:
         figure: what to log.
         step: the global step that the picture shows.
     """
+    figure.set_dpi(LOGGED_DPI)
     loggers: Any = getattr(trainer_or_loggers, "loggers", trainer_or_loggers)
     for logger in loggers:
         experiment = logger.experiment

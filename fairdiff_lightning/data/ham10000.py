@@ -146,9 +146,11 @@ class HAM10000(NativeDataset):
             "sex": ("female", "male", "unknown")[sex],
             "localization": (*SITES, "unknown")[site],
         }
-        path = _write_image(directory, sample["id"], to_uint8_image(sample["image"]))
         self.write_mask(directory, sample["id"], sample["mask"][0].numpy().astype(np.uint8))
-        _append_row(directory / METADATA, row)
+        again = (directory / IMAGES / f"{sample['id']}.jpg").exists()
+        path = _write_image(directory, sample["id"], to_uint8_image(sample["image"]))
+        if not (again and _has_row(directory / METADATA, sample["id"])):
+            _append_row(directory / METADATA, row)
         return path
 
     def write_mask(self, directory: Path, sample_id: str, mask: NDArray[np.uint8]) -> Path:
@@ -239,6 +241,13 @@ def _write_image(root: Path, name: str, image: NDArray[np.uint8], folder: str = 
     with atomic_path(path) as temporary:
         Image.fromarray(image).save(temporary, format="JPEG", quality=100, subsampling=0)
     return path
+
+
+def _has_row(path: Path, image_id: str) -> bool:
+    if not path.exists():
+        return False
+    with path.open(newline="") as stream:
+        return any(row["image_id"] == image_id for row in csv.DictReader(stream))
 
 
 def _append_row(path: Path, row: dict[str, Any]) -> None:

@@ -75,7 +75,7 @@ class _SplitExperts:
 class _Ledger:
     """Rows and gradients of which the weights' gradient is made, expert by expert."""
 
-    LIMIT = 4096  # rows to wait for: enough for efficient products, about 130 MB for ViT-B
+    LIMIT = 2048  # rows to wait for: enough for efficient products, about 70 MB for ViT-B
 
     def __init__(self) -> None:
         self.clear()

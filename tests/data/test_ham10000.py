@@ -102,6 +102,14 @@ def test_written_sample_reads_back(tmp_path_factory, data):
     assert {k: int(v) for k, v in read["attributes"].items()} == {k: int(v) for k, v in groups.items()}
 
 
+def test_writing_again_replaces_the_sample_and_keeps_one_row(tmp_path):
+    for grey in (0.2, 0.8):
+        image = torch.full((3, 4, 6), grey)
+        HAM10000().write(tmp_path, {"image": image, "mask": torch.ones(1, 4, 6), "attributes": {}, "id": "ISIC_1"})
+    (record,) = HAM10000().index(tmp_path).records
+    assert HAM10000().read_arrays(record)[0].mean() == pytest.approx(0.8 * 255, abs=2)
+
+
 def test_missing_and_wrong_trees_say_what_is_expected(tmp_path):
     with pytest.raises(DatasetNotFoundError, match="DBW86T"):
         HAM10000().index(tmp_path / "nowhere")
