@@ -56,7 +56,7 @@ class TransUNet(nn.Module):
 
     Args:
         variant: ``vit_b16``, ViT-B/16 without skip connections, which the authors of dMoE run; ``r50_vit_b16``,
-            ResNet-50 and ViT-B/16 with skips from the ResNet; ``tiny``, the same with about 1.2 M parameters.
+            ResNet-50 and ViT-B/16 with skips from the ResNet; ``tiny``, the same with 1 M parameters (experts: 2 M).
         in_channels: channels of the image; a single one is repeated to three inside.
         num_classes: K, the background included.
         image_size: side, or height and width, in pixels, multiples of 16; the position embedding has this size.
