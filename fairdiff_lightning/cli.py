@@ -8,7 +8,8 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities import rank_zero_warn
 
 import fairdiff_lightning.data  # noqa: F401 - makes bare class names known to the parser
 from fairdiff_lightning.callbacks import EpochSeed, ExpertUsageHeatMap, FairnessReport, PredictionWriter, SampleGrid
@@ -33,7 +34,7 @@ class FairDiffCLI(LightningCLI):
             parser.link_arguments(f"data.{name}", f"model.init_args.{name}", apply_on="instantiate")
 
     def before_instantiate_classes(self) -> None:
-        """Turn ``best`` and ``last`` into the path of the newest such checkpoint."""
+        """Turn ``best`` and ``last`` into the path of the newest such checkpoint, and warn when there is none."""
         config = self.config[self.subcommand] if self.subcommand else self.config
         if config.get("return_predictions", None) is None and self.subcommand == "predict":
             config.return_predictions = False
@@ -41,15 +42,16 @@ class FairDiffCLI(LightningCLI):
         if wanted in ("best", "last"):
             root = Path(config.trainer.default_root_dir or os.getcwd())
             config.ckpt_path = str(newest_checkpoint(root, wanted))
+        elif wanted is None and self.subcommand in ("validate", "test", "predict"):
+            rank_zero_warn(f"{self.subcommand} without --ckpt_path uses the weights that the model starts with.")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Add the callbacks that this subcommand wants and the configuration does not have."""
         given = self._get(self.config_init, "trainer", default={}).get("callbacks") or []
-        present = {type(c) for c in (given if isinstance(given, list) else [given])}
+        given = given if isinstance(given, list) else [given]
+        present = {type(c) for c in given}
         added = [c for c in self.default_callbacks() if type(c) not in present]
-        return super().instantiate_trainer(
-            callbacks=[*(given if isinstance(given, list) else [given]), *added], **kwargs
-        )
+        return super().instantiate_trainer(callbacks=[*given, *added], **kwargs)
 
     def default_callbacks(self) -> list[Callback]:
         """The callbacks of a subcommand; those that read what our modules return are for our modules."""
@@ -105,7 +107,6 @@ def build_cli(args: ArgsType = None, run: bool = True) -> FairDiffCLI:
     return FairDiffCLI(
         LightningModule,
         LightningDataModule,
-        save_config_callback=SaveConfigCallback,
         save_config_kwargs={"overwrite": True},
         seed_everything_default=0,
         subclass_mode_model=True,

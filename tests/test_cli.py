@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import yaml
@@ -152,7 +153,8 @@ def test_predictions_are_written_in_the_data_sets_format_and_read_back(tmp_path)
 def test_sliding_windows_at_native_size_train_nothing_but_test(tmp_path):
     native = ["--data.init_args.image_size=null", "--data.init_args.crop=null", "--data.init_args.evaluate_at=native"]
     sliding = ["--model.init_args.inference=sliding", "--model.init_args.roi_size=[64,64]"]
-    main(["test", *DEMO, *native, *sliding, "--trainer.limit_test_batches=1"])
+    with pytest.warns(UserWarning, match="test without --ckpt_path uses the weights that the model starts with"):
+        main(["test", *DEMO, *native, *sliding, "--trainer.limit_test_batches=1"])
     assert report()["images"] == 4
     assert report()["run"]["hparams"]["image_size"] is None
 
@@ -234,6 +236,9 @@ def test_two_processes_train_together_and_test_to_the_numbers_of_one():
     arguments = ["test", *DEMO, f"--ckpt_path={checkpoint}", "--data.init_args.batch_size=7"]
     main([*arguments, "--trainer.default_root_dir=one"])
     run_in_two(*arguments, "--trainer.default_root_dir=two")
+    cases = [pd.read_csv(next(Path(name).rglob("cases.csv"))) for name in ("one", "two")]
+    assert list(cases[0].columns) == ["id", "race", "dice_rim", "dice_cup", "iou_rim", "iou_cup"]
+    pd.testing.assert_frame_equal(*cases, atol=1e-5)
     one, two = (next(Path(name).rglob("fairness.csv")).read_text().splitlines() for name in ("one", "two"))
     assert len(one) == len(two) > 10
     for a, b in zip(one[1:], two[1:], strict=True):

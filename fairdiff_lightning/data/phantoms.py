@@ -12,6 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 Image = NDArray[np.uint8]
+VERSION = 1
+"""Part of the folder's name in the cache: raised when what is drawn or written changes."""
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
+from fairdiff_lightning.data import phantoms
 from fairdiff_lightning.data.augmentation import RandomRotateFlip
 from fairdiff_lightning.data.cache import (
     Arrays,
@@ -346,7 +347,7 @@ class SegmentationDataModule(LightningDataModule):
         return {spec.groups.index(name) for name in names}
 
     def _phantom_folder(self) -> Path:
-        return cache_root() / "phantoms" / f"{self.dataset.name.lower()}-1"
+        return cache_root() / "phantoms" / f"{self.dataset.name.lower()}-{phantoms.VERSION}"
 
     def _filtered(self, records: Sequence[Record]) -> tuple[list[Record], dict[str, int]]:
         left_out: Counter[str] = Counter()

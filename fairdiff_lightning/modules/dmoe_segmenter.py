@@ -106,14 +106,8 @@ class DMoESegmenter(Segmenter):
         """Arguments of the network, the mixture's included."""
         h = self.hparams
         mixture = {name: h[name] for name in ("num_experts", "top_k", "moe_sharing", "unknown_group")}
-        return (
-            super().network_arguments()
-            | mixture
-            | {
-                "num_groups": self.num_routed_groups,
-                "noise_in_eval": h["reference_behaviour"],
-            }
-        )
+        mixture |= {"num_groups": self.num_routed_groups, "noise_in_eval": h["reference_behaviour"]}
+        return super().network_arguments() | mixture
 
     def setup(self, stage: str) -> None:
         """Check the data, among them for unknown groups that nothing would route, and learn the groups' shares."""

@@ -49,7 +49,7 @@ class Segmenter(LightningModule):
         surface_metrics: also measure the Hausdorff distance (95 %, pixels) and the surface Dice (5 pixels) in tests.
         reference_behaviour: score empty masks (``empty="reference"``) and weigh absent and unknown groups (FEBS) as the
             papers' code does.
-        init_from: checkpoint (ours) whose network weights training starts from.
+        init_from: checkpoint (ours) whose network weights the first training starts from.
         compile: compile the network in place before the first step.
         optimizer: built on the trainable parameters.
         lr_scheduler: built on the optimizer; one of :mod:`~fairdiff_lightning.modules.schedules` learns the run's
@@ -105,8 +105,7 @@ class Segmenter(LightningModule):
         self.tables = nn.ModuleDict(
             {"val": self._make_tables(OVERLAP), "test": self._make_tables((*OVERLAP, *surfaces))}
         )
-        if init_from is not None:
-            self.load_network(init_from)
+        self._init_from = init_from
 
     @property
     def monitor(self) -> str:
@@ -118,8 +117,11 @@ class Segmenter(LightningModule):
         return dict(self.hparams["network_args"] or {})
 
     def setup(self, stage: str) -> None:
-        """Check that the data are what the network was built for, and compile it."""
+        """Check that the data are what the network was built for, load what training starts from, and compile."""
         self._check_data(getattr(self.trainer, "datamodule", None))
+        if stage == "fit" and self._init_from is not None:
+            self.load_network(self._init_from)
+            self._init_from = None
         if self.hparams["compile"]:
             self.network.compile()
 

@@ -1,4 +1,5 @@
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -44,11 +45,10 @@ def trainer(tmp_path, **arguments):
     return Trainer(
         default_root_dir=tmp_path,
         accelerator="cpu",
-        max_epochs=1,
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        **({"enable_checkpointing": False} | arguments),
+        **({"enable_checkpointing": False, "max_epochs": 1} | arguments),
     )
 
 
@@ -134,11 +134,23 @@ def test_training_starts_from_another_modules_network(tmp_path):
     run = trainer(tmp_path, enable_checkpointing=True)
     plain = Segmenter(**SMALL)
     run.fit(plain, Contract())
-    fair = Segmenter(**SMALL, num_groups={"race": 3}, loss="febs", init_from=run.checkpoint_callback.best_model_path)
+    source = run.checkpoint_callback.best_model_path
+    fair = Segmenter(**SMALL, num_groups={"race": 3}, loss="febs", init_from=source)
+    trainer(tmp_path, max_epochs=0).fit(fair, Contract())
     for name, value in plain.network.state_dict().items():
         assert torch.equal(fair.network.state_dict()[name], value)
     with pytest.raises(CheckpointMismatchError):
-        Segmenter(**SMALL | {"network": "unet"}, init_from=run.checkpoint_callback.best_model_path)
+        trainer(tmp_path).fit(Segmenter(**SMALL | {"network": "unet"}, init_from=source), Contract())
+
+
+def test_a_checkpoint_reloads_when_what_it_started_from_is_gone(tmp_path):
+    first, second = trainer(tmp_path, enable_checkpointing=True), trainer(tmp_path / "2", enable_checkpointing=True)
+    first.fit(Segmenter(**SMALL), Contract())
+    source = Path(first.checkpoint_callback.best_model_path)
+    second.fit(Segmenter(**SMALL, init_from=str(source)), Contract())
+    source.unlink()
+    again = Segmenter.load_from_checkpoint(second.checkpoint_callback.best_model_path)
+    assert again.hparams["init_from"] == str(source)
 
 
 @pytest.mark.parametrize(
