@@ -21,7 +21,7 @@ def sample(i, size=32):
     return {
         "image": image,
         "mask": (image * 2.999).long(),
-        "attributes": {"race": torch.tensor(i % 3 - (i == 5))},
+        "attributes": {"race": torch.tensor(-1 if i == 6 else i % 3)},
         "id": f"s{i}",
     }
 
