@@ -1,7 +1,8 @@
 """Fair and data-efficient medical image segmentation with PyTorch Lightning."""
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+import lazy_loader
 
 from fairdiff_lightning.version import __version__
 
@@ -11,16 +12,10 @@ if TYPE_CHECKING:
 
 __all__ = ["DMoESegmenter", "FairSegDataModule", "HAM10000DataModule", "Segmenter", "__version__"]
 
-_HOMES = {
-    "DMoESegmenter": "modules",
-    "FairSegDataModule": "data",
-    "HAM10000DataModule": "data",
-    "Segmenter": "modules",
-}
-
-
-def __getattr__(name: str) -> Any:
-    """Import a public name when it is first asked for (PEP 562)."""
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+__getattr__, __dir__, _ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "data": ["FairSegDataModule", "HAM10000DataModule"],
+        "modules": ["DMoESegmenter", "Segmenter"],
+    },
+)

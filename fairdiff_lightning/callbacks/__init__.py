@@ -1,7 +1,8 @@
 """Lightning callbacks that report, picture and write what modules predict; names load on first use."""
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+import lazy_loader
 
 if TYPE_CHECKING:
     from fairdiff_lightning.callbacks.epoch_seed import EpochSeed
@@ -12,20 +13,13 @@ if TYPE_CHECKING:
 
 __all__ = ["EpochSeed", "ExpertUsageHeatMap", "FairnessReport", "PredictionWriter", "SampleGrid"]
 
-_MODULES = {
-    "EpochSeed": "epoch_seed",
-    "ExpertUsageHeatMap": "expert_usage",
-    "FairnessReport": "fairness_report",
-    "PredictionWriter": "prediction_writer",
-    "SampleGrid": "sample_grid",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__, _ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "epoch_seed": ["EpochSeed"],
+        "expert_usage": ["ExpertUsageHeatMap"],
+        "fairness_report": ["FairnessReport"],
+        "prediction_writer": ["PredictionWriter"],
+        "sample_grid": ["SampleGrid"],
+    },
+)

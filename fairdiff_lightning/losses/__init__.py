@@ -1,7 +1,8 @@
 """Segmentation, fairness and expert-balance losses on plain tensors; names load on first use, MONAI with them."""
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+import lazy_loader
 
 if TYPE_CHECKING:
     from fairdiff_lightning.losses.balance import cv_squared, load_balance_loss
@@ -10,20 +11,11 @@ if TYPE_CHECKING:
 
 __all__ = ["FEBSLoss", "FocalLoss", "cv_squared", "dice_ce_loss", "load_balance_loss"]
 
-_HOME = {
-    "FEBSLoss": "febs",
-    "FocalLoss": "segmentation",
-    "cv_squared": "balance",
-    "dice_ce_loss": "segmentation",
-    "load_balance_loss": "balance",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__, _ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "balance": ["cv_squared", "load_balance_loss"],
+        "febs": ["FEBSLoss"],
+        "segmentation": ["FocalLoss", "dice_ce_loss"],
+    },
+)

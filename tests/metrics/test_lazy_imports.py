@@ -3,7 +3,8 @@ import sys
 
 import pytest
 
-from fairdiff_lightning import losses, metrics
+import fairdiff_lightning
+from fairdiff_lightning import callbacks, losses, metrics, networks
 
 LIGHT = """
 import sys
@@ -17,9 +18,9 @@ def test_tensor_functions_import_torch_only():
     subprocess.run([sys.executable, "-c", LIGHT], check=True)
 
 
-@pytest.mark.parametrize("package", [losses, metrics])
-def test_every_exported_name_exists(package):
-    assert {getattr(package, name).__name__ for name in package.__all__} == set(package.__all__)
-    assert set(package.__all__) <= set(dir(package))
-    with pytest.raises(AttributeError, match="has no attribute 'DiceLos'"):
+@pytest.mark.parametrize("package", [fairdiff_lightning, callbacks, losses, metrics, networks])
+def test_every_exported_name_exists_and_loads_lazily(package):
+    names = set(package.__all__) - {"__version__"}
+    assert {getattr(package, name).__name__ for name in names} == names == set(package.__dir__())
+    with pytest.raises(AttributeError, match="DiceLos"):
         package.DiceLos  # noqa: B018
