@@ -28,6 +28,9 @@ class FairDiffCLI(LightningCLI):
     ``--ckpt_path best|last`` also finds the newest such checkpoint of an earlier process below ``default_root_dir``.
     """
 
+    resumed_folder: str | None = None
+    """Where the checkpoints of the run that goes on lie: its best one so far must stay to be beaten."""
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Link the data's facts to the model."""
         for name in LINKED:
@@ -42,6 +45,7 @@ class FairDiffCLI(LightningCLI):
         if wanted in ("best", "last"):
             root = Path(config.trainer.default_root_dir or os.getcwd())
             config.ckpt_path = str(newest_checkpoint(root, wanted))
+            self.resumed_folder = str(Path(config.ckpt_path).parent)
         elif wanted is None and self.subcommand in ("validate", "test", "predict"):
             rank_zero_warn(f"{self.subcommand} without --ckpt_path uses the weights that the model starts with.")
 
@@ -67,7 +71,9 @@ class FairDiffCLI(LightningCLI):
         if trainer.get("enable_checkpointing") is False or trainer.get("fast_dev_run"):
             return [EpochSeed(), *pictures]
         monitor = getattr(self.model, "monitor", None)
-        return [EpochSeed(), *pictures, *([_best(monitor)] if monitor else []), _last()]
+        best = [_checkpoint("best", self.resumed_folder, monitor=monitor, mode="max")] if monitor else []
+        last = _checkpoint("last", self.resumed_folder, save_on_train_epoch_end=True)
+        return [EpochSeed(), *pictures, *best, last]
 
 
 def newest_checkpoint(root: Path, name: str) -> Path:
@@ -85,16 +91,8 @@ def newest_checkpoint(root: Path, name: str) -> Path:
     return found[-1]
 
 
-def _best(monitor: str) -> ModelCheckpoint:
-    return ModelCheckpoint(
-        filename="best", monitor=monitor, mode="max", auto_insert_metric_name=False, enable_version_counter=False
-    )
-
-
-def _last() -> ModelCheckpoint:
-    return ModelCheckpoint(
-        filename="last", save_on_train_epoch_end=True, auto_insert_metric_name=False, enable_version_counter=False
-    )
+def _checkpoint(filename: str, folder: str | None, **arguments: Any) -> ModelCheckpoint:
+    return ModelCheckpoint(folder, filename, auto_insert_metric_name=False, enable_version_counter=False, **arguments)
 
 
 def build_cli(args: ArgsType = None, run: bool = True) -> FairDiffCLI:

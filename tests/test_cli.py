@@ -223,6 +223,7 @@ def test_killed_run_resumes_to_the_same_weights():
     assert process.returncode == -signal.SIGKILL, process.stderr.decode()[-2000:]
     assert torch.load(newest_checkpoint(Path("killed"), "last"), weights_only=True)["global_step"] == 3
     main(["fit", *arguments, "--trainer.default_root_dir=killed", "--ckpt_path=last"])
+    assert [p.name for p in Path("killed").rglob("best.ckpt")] == ["best.ckpt"], "the best so far stays to be beaten"
     assert_same_weights(newest_checkpoint(Path("whole"), "last"), newest_checkpoint(Path("killed"), "last"))
 
 

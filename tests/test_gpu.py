@@ -15,13 +15,19 @@ pytestmark = [
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 5e-2)])
 def test_experts_on_the_gpu_equal_those_on_the_cpu(dtype, tolerance):
-    torch.backends.cuda.matmul.allow_tf32 = False
-    layer = DistributionAwareMoE(64, num_experts=4, num_groups=3).eval()
+    layer = DistributionAwareMoE(64, num_experts=6, num_groups=3).eval()
+    with torch.no_grad():
+        layer.router.bias[:, 0, [0, 3, 5]] = -100.0  # experts without rows, the first and the last among them
     tokens, group = torch.randn(5, 33, 64), torch.tensor([0, 2, 2, 1, 0])
     expected = layer(tokens, group)
+    wanted = torch.autograd.grad(expected.square().sum(), list(layer.experts.parameters()))
+    layer.cuda()
     with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
-        found = layer.cuda()(tokens.cuda(), group.cuda())
+        found = layer(tokens.cuda(), group.cuda())
+    gradients = torch.autograd.grad(found.float().square().sum(), list(layer.experts.parameters()))
     torch.testing.assert_close(found.cpu().float(), expected, atol=tolerance, rtol=tolerance)
+    for ours, exact in zip(gradients, wanted, strict=True):
+        assert float((ours.cpu().float() - exact).norm()) <= tolerance * max(float(exact.norm()), 1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -157,7 +157,7 @@ class FairnessReport(Callback):
             title=self.title,
             summaries=self._summaries(ordered, datamodule),
             cases=ordered,
-            worst=[(case, pictures[case.id]) for case in worst_cases(ordered, self.num_worst)],
+            worst=[(case, pictures.get(case.id)) for case in worst_cases(ordered, self.num_worst)],
             run=run,
             counts=counts,
             logged={name: value for name, value in trainer.callback_metrics.items() if name.startswith("test/")},

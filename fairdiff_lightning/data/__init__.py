@@ -1,6 +1,7 @@
 """Data sets in their owners' layouts, the sample contract, and the data modules that feed any LightningModule."""
 
 from fairdiff_lightning.data.augmentation import RandomRotateFlip
+from fairdiff_lightning.data.dataset import SegmentationDataset
 from fairdiff_lightning.data.errors import DatasetNotFoundError, InvalidSampleError
 from fairdiff_lightning.data.fairseg import FairSeg, FairSegDataModule
 from fairdiff_lightning.data.ham10000 import HAM10000, HAM10000DataModule
@@ -8,7 +9,7 @@ from fairdiff_lightning.data.mixing import equal_scale
 from fairdiff_lightning.data.native import NativeDataset, Record
 from fairdiff_lightning.data.sample import AttributeSpec, Sample, SampleError, collate, validate
 from fairdiff_lightning.data.samplers import GroupBalancedSampler
-from fairdiff_lightning.data.segmentation import SegmentationDataModule, SegmentationDataset
+from fairdiff_lightning.data.segmentation import SegmentationDataModule
 from fairdiff_lightning.data.splits import split_units
 
 __all__ = [

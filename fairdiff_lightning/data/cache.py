@@ -115,7 +115,7 @@ def open_cache(
     allocate = allocate_in_memory if storage == "memory" else DiskAllocator(cache_root() / "samples" / key)
     try:
         return ArrayCache(allocate, length, image_shape, image_dtype, mask_shape)
-    except OSError as error:
+    except (OSError, ValueError, AttributeError) as error:  # no room, a file of another size, no fallocate (macOS)
         rank_zero_warn(
             f"cannot make the {storage} cache ({error}); samples are decoded each time instead. "
             f"Free some room, set FAIRDIFF_CACHE to another folder, or choose cache='none'."

@@ -28,15 +28,10 @@ class InvalidSampleError(ValueError):
     """A file or a value in it is not what the data set's layout promises.
 
     Args:
-        where: the file, and the key or column in it.
+        where: the file, and the key or column in it; alone, the whole message, as a loader's worker passes it on.
         problem: what was found, with the value.
         expected: what the layout promises.
     """
 
-    def __init__(self, where: str | Path, problem: str, expected: str) -> None:
-        super().__init__(f"{where}: {problem}. Expected {expected}.")
-        self.where, self.problem, self.expected = where, problem, expected
-
-    def __reduce__(self) -> tuple[type[InvalidSampleError], tuple[str, str, str]]:
-        """Keep the three parts when a loader's worker sends the error to the main process."""
-        return type(self), (str(self.where), self.problem, self.expected)
+    def __init__(self, where: str | Path, problem: str = "", expected: str = "") -> None:
+        super().__init__(f"{where}: {problem}. Expected {expected}." if problem else str(where))

@@ -6,8 +6,9 @@ import json
 import re
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -33,8 +34,20 @@ from fairdiff_lightning.data.segmentation import SegmentationDataModule
 
 IMAGE_KEYS = ("slo_fundus", "fundus_slo", "fundus")
 MASK_KEYS = ("disc_cup_mask", "disc_cup", "disc_cup_borders")
-SCALAR_KEYS = ("race", "gender", "ethnicity", "hispanic", "language", "maritalstatus", "age", "synthetic", "source_id")
-RACE_CODES: dict[str, dict[int, int]] = {"public": {0: 0, 1: 1, 2: 2}, "fairdiff": {2: 0, 3: 1, 7: 2}}
+SCALAR_KEYS = (
+    "race",
+    "gender",
+    "ethnicity",
+    "hispanic",
+    "language",
+    "maritalstatus",
+    "age",
+    "synthetic",
+    "source_id",
+    "race_codes",
+)
+TEXT_KEYS = ("source_id", "race_codes")
+RACE_CODES: dict[str | None, dict[int, int]] = {"public": {0: 0, 1: 1, 2: 2}, "fairdiff": {2: 0, 3: 1, 7: 2}}
 GROUPS: dict[str, tuple[str, ...]] = {
     "race": ("Asian", "Black", "White"),
     "gender": ("Female", "Male"),
@@ -92,27 +105,35 @@ class FairSeg(NativeDataset):
         files = sorted(root.rglob("*.npz")) if root.is_dir() else []
         if not files:
             raise self.not_found(root, _summary(root))
-        rows = _cached_scalars(files)
-        race = _race_decoder([row.get("race") for row in rows], self.race_codes, root)
-        in_days = max((row["age"] for row in rows if row.get("age") is not None), default=0) > 130
-        split = _official_split(root)
-        records = []
-        for file, row in zip(files, rows, strict=True):
-            age = float("nan") if row.get("age") is None else row["age"] / (365.25 if in_days else 1)
-            attributes = {name: _group(row, name, len(names)) for name, names in GROUPS.items() if name != "race"}
-            attributes |= {"race": race.get(row.get("race"), -1), "age": bin_index(age, self.age_bins)}
+        rows, errors = _cached_scalars(files)
+        unmarked = [row.get("race") for row in rows.values() if "race_codes" not in row]
+        decoders = RACE_CODES | {None: _race_decoder(unmarked, self.race_codes, root)}
+        in_days = max((row["age"] for row in rows.values() if row.get("age") is not None), default=0) > 130
+        split, left_out, records = _official_split(root), Counter[str](), []
+        for file, row in rows.items():
+            official = split.get(_number(file.stem))
+            if split and official is None and not row.get("synthetic"):
+                left_out["files that neither train.txt nor test.txt lists"] += 1
+                continue
+            attributes = {"race": decoders[row.get("race_codes")].get(row.get("race"), -1)}
+            attributes["age"] = bin_index(_years(row.get("age"), in_days), self.age_bins)
+            for name, names in GROUPS.items():
+                if name != "race":
+                    attributes[name] = _group(row, name, len(names), left_out)
             records.append(
                 Record(
                     id=file.stem,
                     files={"image": str(file)},
                     attributes=attributes,
                     unit=file.stem,
-                    split=split.get(_number(file.stem)),
-                    synthetic=bool(row.get("synthetic") or 0),
+                    split=official,
+                    synthetic=bool(row.get("synthetic")),
                     source=row.get("source_id"),
                 )
             )
-        return Index(records)
+        if not records and left_out:
+            raise self.not_found(root, f"{len(rows)} files, none of which train.txt or test.txt lists")
+        return Index(records, dict(left_out), errors)
 
     def read_arrays(self, record: Record) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
         """Decode one file: grey image (H, W) uint8 and mask (H, W) in {0 background, 1 rim, 2 cup}."""
@@ -128,23 +149,26 @@ class FairSeg(NativeDataset):
             raise InvalidSampleError(
                 f"{file}[{image_key}]", f"pixels from {image.min()} to {image.max()}", "values of 0 to 255"
             )
-        found = np.unique(mask)
-        if not np.isin(found, (0, -1, -2)).all():
-            raise InvalidSampleError(
-                f"{file}[{mask_key}]",
-                f"mask values {found[:8].tolist()} ({mask.dtype})",
-                "0 background, -1 rim and -2 cup in a signed type",
-            )
         check_same_size(image, mask, file)
-        return image.round().astype(np.uint8), (-mask).astype(np.uint8)
+        return image.round().astype(np.uint8), _unsigned(mask, f"{file}[{mask_key}]")
+
+    def read_mask(self, record: Record) -> NDArray[np.uint8]:
+        """Decode the mask (H, W) alone."""
+        file = record.files["image"]
+        with _open(file) as archive:
+            key = _first(archive, MASK_KEYS, file)
+            return _unsigned(archive[key], f"{file}[{key}]")
 
     def write(self, directory: Path, sample: Sample) -> Path:
         """Store a sample as ``<id>.npz`` with the public release's keys."""
         groups = {name: int(group) for name, group in sample["attributes"].items()}
         scalars: dict[str, Any] = {name: groups.get(name, -1) for name in GROUPS}
         scalars["age"] = bin_centre(groups.get("age", -1), self.age_bins)
+        scalars["race_codes"] = "public"
         if bool(sample.get("synthetic", False)):
             scalars["synthetic"] = 1
+        if sample.get("source"):
+            scalars["source_id"] = sample["source"]
         mask = sample["mask"][0].numpy().astype(np.uint8)
         path = directory / f"{sample['id']}.npz"
         _save(path, slo_fundus=to_uint8_image(sample["image"]), disc_cup_mask=_signed(mask), **scalars)
@@ -212,6 +236,17 @@ def _signed(mask: NDArray[np.uint8]) -> NDArray[np.int8]:
     return -mask.astype(np.int8)
 
 
+def _unsigned(mask: NDArray[Any], where: str) -> NDArray[np.uint8]:
+    found = np.unique(mask)
+    if not np.isin(found, (0, -1, -2)).all():
+        raise InvalidSampleError(
+            where,
+            f"mask values {found[:8].tolist()} ({mask.dtype})",
+            "0 background, -1 rim and -2 cup in a signed type",
+        )
+    return (-mask).astype(np.uint8)
+
+
 def _save(path: Path, **arrays: Any) -> None:
     with atomic_path(path) as temporary, temporary.open("wb") as stream:
         np.savez_compressed(stream, **arrays)
@@ -238,18 +273,21 @@ def _first(archive: Any, keys: Sequence[str], file: str) -> str:
     raise InvalidSampleError(file, f"keys {sorted(archive.files)}", f"one of {', '.join(keys)}")
 
 
-def _cached_scalars(files: Sequence[Path]) -> list[dict[str, Any]]:
-    cached = cache_root() / "index" / f"fairseg-{fingerprint(files)}.json"
+def _cached_scalars(files: Sequence[Path]) -> tuple[dict[Path, dict[str, Any]], list[InvalidSampleError]]:
+    """Attributes of every file that can be read, and the errors of the others; kept only when there are none."""
+    cached = cache_root() / "index" / f"fairseg-{fingerprint(files, SCALAR_KEYS)}.json"
     if cached.is_file():
-        rows: list[dict[str, Any]] = json.loads(cached.read_text())
-        return rows
-    rows = [_scalars(file) for file in files]
-    try:
-        with atomic_path(cached) as temporary:
-            temporary.write_text(json.dumps(rows))
-    except OSError:  # the cache folder is full or read-only: the index is simply read again next time
-        return rows
-    return rows
+        return dict(zip(files, json.loads(cached.read_text()), strict=True)), []
+    rows, errors = {}, []
+    for file in files:
+        try:
+            rows[file] = _scalars(file)
+        except InvalidSampleError as error:
+            errors.append(error)
+    if not errors:
+        with suppress(OSError), atomic_path(cached) as temporary:  # a full disk: it is read again next time
+            temporary.write_text(json.dumps(list(rows.values())))
+    return rows, errors
 
 
 def _scalars(file: Path) -> dict[str, Any]:
@@ -260,8 +298,14 @@ def _scalars(file: Path) -> dict[str, Any]:
         if value.size != 1:
             raise InvalidSampleError(f"{file}[{key}]", f"an array of shape {value.shape}", "one value")
         scalar = value.item()
+        if isinstance(scalar, str) != (key in TEXT_KEYS):
+            raise InvalidSampleError(f"{file}[{key}]", f"{scalar!r}", "text" if key in TEXT_KEYS else "a number")
         row[key] = None if isinstance(scalar, float) and np.isnan(scalar) else scalar
     return row
+
+
+def _years(age: float | None, in_days: bool) -> float:
+    return float("nan") if age is None or age < 0 else age / (365.25 if in_days else 1)
 
 
 def _race_decoder(codes: Sequence[Any], race_codes: str, root: Path) -> dict[Any, int]:
@@ -281,8 +325,10 @@ def _race_decoder(codes: Sequence[Any], race_codes: str, root: Path) -> dict[Any
     return dict(next(iter(fitting.values())))
 
 
-def _group(row: Mapping[str, Any], name: str, num_groups: int) -> int:
+def _group(row: Mapping[str, Any], name: str, num_groups: int, beyond: Counter[str]) -> int:
     value = row.get(name, row.get("hispanic") if name == "ethnicity" else None)
+    if value is not None and value >= num_groups:
+        beyond[f"values of '{name}' beyond its codes 0 to {num_groups - 1}, taken as unknown"] += 1
     return int(value) if value is not None and 0 <= value < num_groups else -1
 
 

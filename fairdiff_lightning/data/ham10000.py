@@ -29,7 +29,8 @@ from fairdiff_lightning.data.sample import AttributeSpec, Sample
 from fairdiff_lightning.data.segmentation import SegmentationDataModule
 
 METADATA = "HAM10000_metadata.csv"
-COLUMNS = ("lesion_id", "image_id", "dx", "dx_type", "age", "sex", "localization")
+COLUMNS = ("lesion_id", "image_id", "dx", "dx_type", "age", "sex", "localization", "synthetic", "source_id")
+"""Of the tables that we write: the release's, and two that only generated samples fill."""
 IMAGES = "HAM10000_images"
 MASKS = "HAM10000_segmentations_lesion_tschandl"
 SITES = (
@@ -43,7 +44,7 @@ PHANTOM_LOOKS = (
     SkinLook((0.74, 0.56, 0.48), 0.32, 6, 0.4, 0.03),
     SkinLook((0.55, 0.42, 0.36), -0.14, 10, 0.6, 0.05),
 )
-PHANTOM_SIZE, PHANTOM_COUNT = (112, 150), 280
+PHANTOM_SIZE, PHANTOM_COUNT, PHANTOM_AGES = (112, 150), 280, (10, 30, 50, 70, 85)
 
 
 class HAM10000(NativeDataset):
@@ -128,12 +129,17 @@ class HAM10000(NativeDataset):
     def read_arrays(self, record: Record) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
         """Decode one image (H, W, 3) uint8 and its mask (H, W) in {0, 1}."""
         image = _decode(record.files["image"], "RGB")
+        mask = self.read_mask(record)
+        check_same_size(image, mask, record.files["mask"])
+        return image, mask
+
+    def read_mask(self, record: Record) -> NDArray[np.uint8]:
+        """Decode the mask (H, W) alone."""
         mask = _decode(record.files["mask"], "L")
         found = np.unique(mask)
         if not np.isin(found, (0, 255)).all():
             raise InvalidSampleError(record.files["mask"], f"mask values {found[:8].tolist()}", "0 and 255")
-        check_same_size(image, mask, record.files["mask"])
-        return image, (mask // 255).astype(np.uint8)
+        return (mask // 255).astype(np.uint8)
 
     def write(self, directory: Path, sample: Sample) -> Path:
         """Store a sample as ``.jpg`` (quality 100), ``_segmentation.png`` and a row of the table."""
@@ -145,6 +151,8 @@ class HAM10000(NativeDataset):
             "age": bin_centre(groups.get("age", -1), self.age_bins),
             "sex": ("female", "male", "unknown")[sex],
             "localization": (*SITES, "unknown")[site],
+            "synthetic": int(bool(sample.get("synthetic", False))) or "",
+            "source_id": sample.get("source", ""),
         }
         self.write_mask(directory, sample["id"], sample["mask"][0].numpy().astype(np.uint8))
         again = (directory / IMAGES / f"{sample['id']}.jpg").exists()
@@ -177,7 +185,7 @@ class HAM10000(NativeDataset):
                 "image_id": name,
                 "dx": "nv",
                 "dx_type": "histo",
-                "age": bin_centre(age, self.age_bins) if rng.random() > 0.02 else float("nan"),
+                "age": PHANTOM_AGES[age] if rng.random() > 0.02 else float("nan"),
                 "sex": str(rng.choice(["female", "male"], p=[0.45, 0.55])),
                 "localization": str(rng.choice(SITES)),
             }
@@ -196,6 +204,7 @@ class HAM10000(NativeDataset):
                 "localization": SITES.index(site) if site in SITES else -1,
             },
             unit=row["lesion_id"],
+            synthetic=bool(row.get("synthetic", 0) == 1),
             source=source if isinstance(source, str) else None,
         )
 

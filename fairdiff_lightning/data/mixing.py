@@ -42,7 +42,7 @@ def mix(
     synthetic: Sequence[Record],
     balance: Balance,
     attribute: str,
-    group_names: Sequence[str],
+    group_names: Mapping[int, str],
     total: int | None,
     seed: int,
 ) -> list[Record]:
@@ -51,10 +51,10 @@ def mix(
     Args:
         real: real training samples.
         synthetic: generated samples of the same data set.
-        balance: ``none`` takes everything once; ``oversample`` draws each group with replacement until all are as
-            large (Repeat-Sample when there is nothing synthetic); ``equal_scale`` see :func:`equal_scale`.
+        balance: ``none`` takes everything once; ``oversample`` repeats each group until all are as large, the last
+            repetition in part (Repeat-Sample); ``equal_scale`` see :func:`equal_scale`.
         attribute: whose groups are balanced; samples of an unknown group are left out when balancing.
-        group_names: the groups' names, in the order of their indices.
+        group_names: index -> name of the groups that are balanced.
         total: size of the balanced set; the largest group's size for each group (``oversample``), the number of real
             samples (``equal_scale``) when None.
         seed: of every draw.
@@ -68,11 +68,11 @@ def mix(
         return [*real, *synthetic]
     rng = np.random.default_rng(seed)
     pools = {
-        source: {g: [r for r in records if r.attributes[attribute] == g] for g in range(len(group_names))}
+        source: {g: [r for r in records if r.attributes[attribute] == g] for g in group_names}
         for source, records in (("real", real), ("synthetic", synthetic))
     }
     if balance == "oversample":
-        both = {g: pools["real"][g] + pools["synthetic"][g] for g in range(len(group_names))}
+        both = {g: pools["real"][g] + pools["synthetic"][g] for g in group_names}
         _refuse_empty(both, attribute, group_names)
         target = quotas(total or max(map(len, both.values())) * len(both), list(both))
         return [r for g, pool in both.items() for r in _draw_with_repeats(pool, target[g], rng)]
@@ -106,7 +106,7 @@ def _draw_with_repeats(pool: Sequence[Record], count: int, rng: np.random.Genera
     return [*pool] * whole + _draw(pool, rest, rng)
 
 
-def _refuse_empty(pools: Mapping[int, Sequence[Record]], attribute: str, group_names: Sequence[str]) -> None:
+def _refuse_empty(pools: Mapping[int, Sequence[Record]], attribute: str, group_names: Mapping[int, str]) -> None:
     empty = [group_names[g] for g, pool in pools.items() if not pool]
     if empty:
         raise ValueError(

@@ -45,10 +45,11 @@ class Record:
 
 @dataclass
 class Index:
-    """The records of a tree, and what was left out of it, counted by reason."""
+    """The records of a tree, what was left out of it, counted by reason, and the files that could not be read."""
 
     records: list[Record]
     left_out: dict[str, int] = field(default_factory=dict)
+    errors: list[InvalidSampleError] = field(default_factory=list)
 
 
 class NativeDataset(ABC):
@@ -65,6 +66,8 @@ class NativeDataset(ABC):
     channels: ClassVar[int]
     unit: ClassVar[str] = "patient"
     """What a split must not cut."""
+    version: ClassVar[int] = 1
+    """Raised when the same files are read differently: decoded samples on disk are then made anew."""
 
     @property
     @abstractmethod
@@ -73,11 +76,11 @@ class NativeDataset(ABC):
 
     @abstractmethod
     def index(self, root: Path) -> Index:
-        """List the records below ``root``.
+        """List the records below ``root``, and the files of which not even the attributes can be read.
 
         Raises:
             DatasetNotFoundError: when the tree is missing or another one.
-            InvalidSampleError: when a table or a file's metadata cannot be read.
+            InvalidSampleError: when a table cannot be read.
         """
 
     @abstractmethod
@@ -87,6 +90,10 @@ class NativeDataset(ABC):
         Raises:
             InvalidSampleError: naming the file, the key and the value found.
         """
+
+    def read_mask(self, record: Record) -> NDArray[np.uint8]:
+        """Decode the mask alone."""
+        return self.read_arrays(record)[1]
 
     @abstractmethod
     def write(self, directory: Path, sample: Sample) -> Path:

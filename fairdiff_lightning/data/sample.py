@@ -32,6 +32,7 @@ class Sample(TypedDict, total=False):
         spacing: float32 (3,) voxel size, mm.
         seed: int64 scalar from which a generator draws everything random of this sample.
         synthetic: bool scalar, True when a generator made it.
+        source: id of the real case that a synthetic sample was derived from.
     """
 
     image: Required[Tensor]
@@ -48,6 +49,7 @@ class Sample(TypedDict, total=False):
     spacing: Tensor
     seed: Tensor
     synthetic: Tensor
+    source: Any
 
 
 @dataclass(frozen=True)

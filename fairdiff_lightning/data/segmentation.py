@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -14,23 +15,16 @@ import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from numpy.typing import NDArray
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, DistributedSampler
 
 from fairdiff_lightning.data import phantoms
 from fairdiff_lightning.data.augmentation import RandomRotateFlip
-from fairdiff_lightning.data.cache import (
-    Arrays,
-    NoCache,
-    SampleCache,
-    Storage,
-    cache_root,
-    fingerprint,
-    open_cache,
-)
+from fairdiff_lightning.data.cache import Storage, cache_root
+from fairdiff_lightning.data.dataset import SegmentationDataset
 from fairdiff_lightning.data.errors import InvalidSampleError
 from fairdiff_lightning.data.mixing import Balance, mix
 from fairdiff_lightning.data.native import NativeDataset, Record, atomic_path, make_directory_once
-from fairdiff_lightning.data.resize import Region, Resize, centre_region, crop_to, resize_image, resize_mask
+from fairdiff_lightning.data.resize import Resize
 from fairdiff_lightning.data.sample import AttributeSpec, Sample, collate, validate
 from fairdiff_lightning.data.samplers import GroupBalancedSampler, SequentialShards
 from fairdiff_lightning.data.seeding import derive_seed, generator
@@ -38,83 +32,6 @@ from fairdiff_lightning.data.splits import Splits, check_disjoint, split_records
 
 Sampler = Literal["shuffle", "group_balanced"]
 EVALUATION = ("val", "test")
-
-
-class SegmentationDataset(Dataset[Sample]):
-    """Records of a native data set as samples of the contract: cropped, resized and cached.
-
-    Args:
-        dataset: reads a record.
-        records: which ones, in this order; a repeated record is decoded once.
-        attributes: names of the attributes that a sample carries.
-        size: height and width of a sample, pixels; None keeps the crop as it is.
-        crop: side of the centre crop taken first.
-        resize: how, see :func:`~fairdiff_lightning.data.resize.resize_image`.
-        native_mask: also give the mask at the file's own size, under ``native_mask``.
-        cache: where decoded samples are kept; with ``size=None`` nothing is.
-    """
-
-    def __init__(
-        self,
-        dataset: NativeDataset,
-        records: Sequence[Record],
-        attributes: Sequence[str],
-        size: tuple[int, int] | None = None,
-        crop: int | None = None,
-        resize: Resize = "area",
-        native_mask: bool = False,
-        cache: Storage = "none",
-    ) -> None:
-        self.dataset, self.attributes, self.size, self.crop, self.resize = dataset, attributes, size, crop, resize
-        self.native_mask, self.records = native_mask, list(records)
-        distinct = {record.id: record for record in records}
-        self._distinct = list(distinct.values())
-        rows = {name: row for row, name in enumerate(distinct)}
-        self._rows = [rows[record.id] for record in records]
-        self._sizes: dict[int, tuple[int, int]] = {}
-        self._cache = self._open_cache(cache)
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def __getitem__(self, index: int) -> Sample:
-        record, row = self.records[index], self._rows[index]
-        image, mask = self._cache.get(row, self._decode)
-        pixels = torch.from_numpy(np.array(image))
-        sample: Sample = {
-            "image": pixels.float().div_(255) if pixels.dtype == torch.uint8 else pixels,
-            "mask": torch.from_numpy(mask.astype(np.int64))[None],
-            "attributes": {name: torch.tensor(record.attributes[name]) for name in self.attributes},
-            "id": record.id,
-            "synthetic": torch.tensor(record.synthetic),
-        }
-        if self.native_mask:
-            native = self.dataset.read_arrays(record)[1]
-            sample["native_mask"] = torch.from_numpy(native.astype(np.int64))[None]
-            sample["region"] = torch.tensor(centre_region(native.shape, self.crop))
-            sample["native_size"] = torch.tensor(native.shape)
-        return sample
-
-    def groups(self, attribute: str) -> list[int]:
-        """Group index of every record."""
-        return [record.attributes[attribute] for record in self.records]
-
-    def _decode(self, row: int) -> Arrays:
-        image, mask = self.dataset.read_arrays(self._distinct[row])
-        region: Region = centre_region(mask.shape, self.crop)
-        return (
-            resize_image(crop_to(image, region), self.size, self.resize),
-            resize_mask(crop_to(mask, region), self.size, self.resize),
-        )
-
-    def _open_cache(self, storage: Storage) -> SampleCache:
-        if storage == "none" or self.size is None or not self._distinct:
-            return NoCache()
-        files = [file for record in self._distinct for file in record.files.values()]
-        key = fingerprint(files, type(self.dataset).__name__, self.size, self.crop, self.resize)
-        dtype = np.dtype(np.uint8 if self.resize == "area" else np.float32)
-        shape = (self.dataset.channels, *self.size)
-        return open_cache(storage, key, len(self._distinct), shape, dtype, self.size)
 
 
 class SegmentationDataModule(LightningDataModule):
@@ -142,7 +59,7 @@ class SegmentationDataModule(LightningDataModule):
         evaluate_at: ``native`` also yields the mask at the file's own size in val and test, for metrics there.
         on_error: ``skip`` reads every file once in ``setup`` and leaves out, counts and reports what cannot be read.
         check: validate every batch against the sample contract; slow, for debugging.
-        seed: of sampling and augmentation.
+        seed: of sampling, mixing and augmentation; that of ``seed_everything`` when None.
 
     Raises:
         DatasetNotFoundError: in ``prepare_data``, when the tree is missing or another one.
@@ -171,7 +88,7 @@ class SegmentationDataModule(LightningDataModule):
         evaluate_at: Literal["input", "native"] = "input",
         on_error: Literal["raise", "skip"] = "raise",
         check: bool = False,
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         super().__init__()
         self.dataset, self.root = dataset, root
@@ -183,7 +100,8 @@ class SegmentationDataModule(LightningDataModule):
         self.batch_size, self.num_workers, self.crop, self.resize = batch_size, num_workers, crop, resize
         self.fractions, self.split_seed, self.drop_unknown = fractions, split_seed, drop_unknown
         self.synthetic, self.balance, self.total, self.sampler = list(synthetic), balance, total, sampler
-        self.cache, self.evaluate_at, self.on_error, self.check, self.seed = cache, evaluate_at, on_error, check, seed
+        self.cache, self.evaluate_at, self.on_error, self.check = cache, evaluate_at, on_error, check
+        self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
         self.augmentation = RandomRotateFlip() if augment else None
         self.splits: Splits = {}
         self._datasets: dict[str, SegmentationDataset] = {}
@@ -240,8 +158,7 @@ class SegmentationDataModule(LightningDataModule):
         """Write the phantom when there is no root, and check that the tree is the expected one."""
         if self.root is None:
             folder = self._phantom_folder()
-            if not folder.is_dir():
-                rank_zero_info(f"root is empty: writing a {self.dataset.name} phantom to '{folder}' and using it.")
+            rank_zero_info(f"root is empty: the {self.dataset.name} phantom in '{folder}' is used.")
             make_directory_once(folder, lambda path: self.dataset.write_phantom(path, seed=0))
         for folder in (self.folder, *map(Path, self.synthetic)):
             if not folder.is_dir():
@@ -256,18 +173,13 @@ class SegmentationDataModule(LightningDataModule):
         """Index, filter, split, mix and check; a second call does nothing."""
         if self.splits:
             return
-        index = self.dataset.index(self.folder)
-        records, left_out = self._filtered(index.records)
-        left_out = index.left_out | left_out
-        if not records:
-            raise ValueError(f"no {self.dataset.name} sample under '{self.folder}' is left: {left_out}.")
-        if self.on_error == "skip":
-            records, left_out = self._without_unreadable(records, left_out)
-        splits = split_records(records, self.fractions, self.split_seed)
-        splits["train"] = self._training_set(splits)
+        records = self._usable(self.folder)
+        made = [record for record in records if record.synthetic]
+        splits = split_records([r for r in records if not r.synthetic], self.fractions, self.split_seed)
+        splits["train"] = self._training_set(splits, made)
         check_disjoint(splits)
         self.splits = splits
-        self._report(left_out)
+        self._report()
 
     def on_before_batch_transfer(self, batch: Sample, dataloader_idx: int) -> Sample:
         """Check the batch against the contract when asked to."""
@@ -363,47 +275,65 @@ class SegmentationDataModule(LightningDataModule):
                 kept.append(record)
         return kept, dict(left_out)
 
-    def _without_unreadable(
-        self, records: list[Record], left_out: dict[str, int]
-    ) -> tuple[list[Record], dict[str, int]]:
-        errors = {}
+    def _usable(self, folder: Path) -> list[Record]:
+        """Records of a folder that pass the filters and, when asked for, can be read; the rest is reported."""
+        index = self.dataset.index(folder)
+        records, left_out = self._filtered(index.records)
+        errors = index.errors
+        if errors and self.on_error == "raise":
+            raise errors[0]
+        if self.on_error == "skip":
+            records, unreadable = self._readable(records)
+            errors = [*errors, *unreadable]
+        left_out |= index.left_out | ({f"unreadable, the first: {errors[0]}": len(errors)} if errors else {})
+        if left_out:
+            counts = "; ".join(f"{count} {reason}" for reason, count in left_out.items())
+            rank_zero_warn(f"{self.dataset.name} under '{folder}': {len(records)} samples. Left out: {counts}.")
+        if not records:
+            raise errors[0] if errors else ValueError(f"no {self.dataset.name} sample under '{folder}' is left.")
+        repeated = [name for name, count in Counter(record.id for record in records).items() if count > 1]
+        if repeated:
+            files = [record.files for record in records if record.id == repeated[0]]
+            raise InvalidSampleError(str(folder), f"id {repeated[0]!r} twice, in {files}", "ids that are unique")
+        return records
+
+    def _readable(self, records: Sequence[Record]) -> tuple[list[Record], list[InvalidSampleError]]:
+        kept, errors = [], []
         for record in records:
             try:
                 self.dataset.read_arrays(record)
+                kept.append(record)
             except InvalidSampleError as error:
-                errors[record.id] = error
-        if not errors:
-            return records, left_out
-        first = next(iter(errors.values()))
-        kept = [record for record in records if record.id not in errors]
-        if not kept:
-            raise first
-        return kept, left_out | {f"unreadable, the first: {first}": len(errors)}
+                errors.append(error)
+        return kept, errors
 
-    def _training_set(self, splits: Splits) -> list[Record]:
+    def _training_set(self, splits: Splits, made: Sequence[Record]) -> list[Record]:
         held_out = {r.id for part in EVALUATION for r in splits[part]}
-        synthetic, derived = [], 0
         for folder in self.synthetic:
-            for record in self._filtered(self.dataset.index(Path(folder)).records)[0]:
-                if record.source in held_out:
-                    derived += 1
-                else:
-                    synthetic.append(
-                        replace(record, id=f"{Path(folder).name}/{record.id}", synthetic=True, split="train")
-                    )
-        if derived:
-            rank_zero_warn(f"{derived} synthetic samples are derived from validation or test cases and are left out.")
-        spec = self.attribute_specs[0] if self.attribute_specs else AttributeSpec("", ())
+            found = self._usable(Path(folder))
+            made = [*made, *(replace(r, id=str(Path(folder) / r.id), synthetic=True) for r in found)]
+        synthetic = [record for record in made if record.source not in held_out]
+        if len(synthetic) < len(made):
+            rank_zero_warn(
+                f"{len(made) - len(synthetic)} synthetic samples are derived from validation or test cases "
+                "and are left out."
+            )
+        attribute, names = (self.attribute_specs[0].name, self._balanced_groups()) if self.attribute_specs else ("", {})
         seed = derive_seed(self.seed, "mix") % 2**32
-        return mix(splits["train"], synthetic, self.balance, spec.name, spec.groups, self.total, seed)
+        return mix(splits["train"], synthetic, self.balance, attribute, names, self.total, seed)
 
-    def _report(self, left_out: Mapping[str, int]) -> None:
+    def _balanced_groups(self) -> dict[int, str]:
+        """Index -> name of the first attribute's groups that the filters keep."""
+        spec = self.attribute_specs[0]
+        kept = self.groups.get(spec.name, range(len(spec)))
+        return {index: name for index, name in enumerate(spec.groups) if index in kept}
+
+    def _report(self) -> None:
         sizes = ", ".join(f"{part} {len(records)}" for part, records in self.splits.items())
         rank_zero_info(f"{self.dataset.name} under '{self.folder}': {sizes}.")
-        if left_out:
-            rank_zero_warn("Left out: " + "; ".join(f"{count} {reason}" for reason, count in left_out.items()) + ".")
         for spec in self.attribute_specs:
-            absent = [name for name, n in self.counts()["train"][spec.name].items() if not n and name != "unknown"]
+            kept = self.groups.get(spec.name, range(len(spec)))
+            absent = [spec.groups[g] for g, n in enumerate(self.group_counts[spec.name]) if not n and g in kept]
             if absent:
                 rank_zero_warn(
                     f"No training sample of '{spec.name}' {', '.join(absent)}: that group cannot be learned."
@@ -420,6 +350,8 @@ class SegmentationDataModule(LightningDataModule):
                     f"the {part} split of '{self.folder}' is empty: fractions {self.fractions} with "
                     f"{len(self.splits['train'])} training samples leave nothing for it. Give more data or others."
                 )
+            if 0 < len(records) < self._ranks()[0]:
+                raise ValueError(f"the {part} split has {len(records)} samples for {self._ranks()[0]} processes.")
             native = part == "predict" or (part in EVALUATION and self.evaluate_at == "native")
             self._datasets[part] = SegmentationDataset(
                 self.dataset,

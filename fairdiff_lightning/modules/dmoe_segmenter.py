@@ -135,7 +135,8 @@ class DMoESegmenter(Segmenter):
         if not weight:
             return super().losses(batch)
         logits, gates = self._with_gates(batch)
-        segmentation, balance = self.objective(logits, batch), load_balance_loss(gates)
+        pools = [gates] if self.hparams["moe_sharing"] == "shared" else gates.unbind()
+        segmentation, balance = self.objective(logits, batch), torch.stack([*map(load_balance_loss, pools)]).mean()
         return {"loss": segmentation + weight * balance, "segmentation": segmentation, "balance": balance}
 
     def infer(self, batch: Sample, stage: str) -> Tensor:

@@ -26,6 +26,16 @@ class RunLengthSchedule(LRScheduler):
         """What the base learning rates are multiplied by at a step."""
         raise NotImplementedError
 
+    def set_length(self, total_steps: int) -> None:
+        """Fix the length of the run, and with it the learning rate of the step that comes next."""
+        self.total_steps = total_steps
+        for group, rate in zip(self.optimizer.param_groups, self.get_lr(), strict=True):
+            group["lr"] = rate
+
+    def state_dict(self) -> dict[str, Any]:
+        """State without the length, which is that of the run that goes on: a prolonged run gets a longer schedule."""
+        return {name: value for name, value in super().state_dict().items() if name != "total_steps"}
+
     def get_lr(self) -> list[Any]:
         """Learning rates of the step that comes next."""
         if self.last_epoch > 0 and self.total_steps is None:

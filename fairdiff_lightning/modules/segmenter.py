@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal, cast
 
@@ -198,9 +199,19 @@ class Segmenter(LightningModule):
             return optimizer
         scheduler = self.lr_scheduler(optimizer)
         if isinstance(scheduler, RunLengthSchedule) and scheduler.total_steps is None:
-            scheduler.total_steps = int(self.trainer.estimated_stepping_batches)
+            scheduler.set_length(self._run_length())
         config = {"scheduler": scheduler, "interval": self.hparams["lr_interval"], "monitor": self.monitor}
         return {"optimizer": optimizer, "lr_scheduler": config}
+
+    def _run_length(self) -> int:
+        epochs = self.hparams["lr_interval"] == "epoch"
+        length = self.trainer.max_epochs if epochs else self.trainer.estimated_stepping_batches
+        if length is None or not 0 < length < math.inf:
+            raise ValueError(
+                f"the schedule's length cannot be told from max_epochs={self.trainer.max_epochs}, max_steps="
+                f"{self.trainer.max_steps}: set one of them, or the scheduler's total_steps."
+            )
+        return int(length)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Say by name what does not fit when the checkpoint is of another architecture."""

@@ -26,8 +26,10 @@ def fastest_dispatch(tokens: Tensor) -> Dispatch:
     """The fastest way for these tokens (..., C) that does not make the host wait for a GPU."""
     if tokens.device.type == "cpu":
         return "split"
-    if tokens.device.type == "cuda" and compute_dtype(tokens) == torch.bfloat16 and tokens.shape[-1] % 8 == 0:
-        return "grouped" if torch.cuda.get_device_capability(tokens.device) >= (8, 0) else "blocks"
+    suits = compute_dtype(tokens) == torch.bfloat16 and tokens.shape[-1] % 8 == 0
+    if tokens.device.type == "cuda" and suits and torch.version.hip is None:
+        # Other generations run grouped_mm too, but by a loop whose sizes the host waits for.
+        return "grouped" if torch.cuda.get_device_capability(tokens.device)[0] in (9, 10) else "blocks"
     return "blocks"
 
 
@@ -68,7 +70,9 @@ class _SplitExperts:
     def __call__(self, rows: Tensor, ends: Tensor) -> Tensor:
         sizes = ends.diff(prepend=ends.new_zeros(1)).tolist()
         out: Tensor
-        out, self.token = _SplitMLP.apply(rows, self.token, sizes, self.weights, self.ledger)  # type: ignore[no-untyped-call]
+        out, token = _SplitMLP.apply(rows, self.token, sizes, self.weights, self.ledger)  # type: ignore[no-untyped-call]
+        if torch.is_grad_enabled():  # a call that records nothing must not cut the token off
+            self.token = token
         return out
 
 

@@ -136,7 +136,8 @@ class GroupRouter(nn.Module):
             weight = torch.cat([weight, (share * weight).sum(0, keepdim=True)])
             bias = torch.cat([bias, (share * bias).sum(0, keepdim=True)])
         # Without an average router, num_groups is out of range: index_select refuses, where -1 could wrap around.
-        index = group.where(group != -1, self.num_groups)
+        outside = len(weight)  # a group beyond the last must not fall on the average router
+        index = group.where(group < self.num_groups, outside).where(group != -1, self.num_groups)
         return weight.index_select(0, index), bias.index_select(0, index)
 
     def _check_group(self, group: Tensor, batch_size: int) -> None:
@@ -189,6 +190,7 @@ class DistributionAwareMoE(nn.Module):
 
     Returns the mixture sum_i G_i Expert_i(h) alone; the layer of the paper is h + mixture. An expert is Linear(C, 4C),
     ReLU, Linear(4C, C), Dropout. Tokens are sorted by expert, so that each expert sees its own and no other.
+    On a CPU the experts have first derivatives only.
 
     Args:
         channels: C, features of a token.
@@ -232,7 +234,7 @@ class DistributionAwareMoE(nn.Module):
         return routed
 
     def prepare(self, tokens: Tensor) -> ExpertFunction:
-        """The experts for tokens like these in one forward pass; give it to every :meth:`mix` of that pass.
+        """The experts for tokens like these in one forward and backward pass; give it to every :meth:`mix` of that.
 
         Blocks that share the experts save by it: parameters are cast once, and their gradient is summed in place.
         """

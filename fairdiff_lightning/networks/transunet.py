@@ -238,13 +238,13 @@ class TransUNet(nn.Module):
         position = resample_abs_pos_embed(vit.pos_embed, grid, vit.patch_embed.grid_size, num_prefix_tokens=0)
         tokens = vit.pos_drop(patches.flatten(2).mT + position)
         mixtures: Any = self.mixtures if group is not None else []
-        experts = [mixture.prepare(tokens) for mixture in mixtures]
+        shared = mixtures[0].prepare(tokens) if len(mixtures) == 1 else None
         for i, block in enumerate(vit.blocks):
             tokens = block(tokens)
-            if experts:
-                which = i % len(experts)
-                block_gates, indices = mixtures[which].route(tokens, group)
-                tokens = tokens + mixtures[which].mix(tokens, block_gates, indices, experts[which])
+            if len(mixtures):
+                mixture = mixtures[i % len(mixtures)]
+                block_gates, indices = mixture.route(tokens, group)
+                tokens = tokens + mixture.mix(tokens, block_gates, indices, shared)
                 gates.append(block_gates)
         return vit.norm(tokens).mT.unflatten(2, grid), skips[::-1], gates
 

@@ -92,11 +92,14 @@ def test_written_sample_reads_back(tmp_path_factory, data):
         "mask": torch.from_numpy(np.random.default_rng(grey).integers(0, 2, (1, *size))),
         "attributes": groups,
         "id": "ISIC_7",
+        "synthetic": torch.tensor(bool(grey % 2)),
+        "source": "ISIC_3",
     }
     dataset.write(root, sample)
     index = dataset.index(root)
     read = dataset.read(index.records[0])
     assert index.left_out == {}
+    assert (index.records[0].synthetic, index.records[0].source) == (bool(grey % 2), "ISIC_3")
     torch.testing.assert_close(read["image"], sample["image"], atol=2 / 255, rtol=0)
     assert torch.equal(read["mask"], sample["mask"])
     assert {k: int(v) for k, v in read["attributes"].items()} == {k: int(v) for k, v in groups.items()}

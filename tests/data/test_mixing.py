@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from fairdiff_lightning.data import Record, equal_scale
 from fairdiff_lightning.data.mixing import mix, quotas
 
-GROUPS = ("Asian", "Black", "White")
+GROUPS = {0: "Asian", 1: "Black", 2: "White"}
 
 
 def records(counts, synthetic=False):
@@ -69,6 +69,14 @@ def test_oversampling_makes_all_groups_as_large_as_the_largest():
 def test_a_group_without_samples_cannot_be_oversampled():
     with pytest.raises(ValueError, match=r"\['Black'\]"):
         mix(records({0: 2, 2: 7}), [], "oversample", "race", GROUPS, None, seed=0)
+
+
+def test_groups_that_are_filtered_out_need_no_samples():
+    kept = {0: "Asian", 1: "Black"}
+    mixed = mix(records({0: 2, 1: 6}), [], "oversample", "race", kept, None, seed=0)
+    assert Counter(r.attributes["race"] for r in mixed) == {0: 6, 1: 6}
+    mixed = mix(records({0: 2, 1: 6}), records({0: 9}, synthetic=True), "equal_scale", "race", kept, None, seed=0)
+    assert Counter(r.attributes["race"] for r in mixed) == {0: 4, 1: 4}
 
 
 def test_no_balance_takes_everything_and_refuses_a_total():

@@ -143,6 +143,51 @@ def test_synthetic_samples_of_test_cases_are_left_out(tmp_path):
     assert sum(r.synthetic for r in data.splits["train"]) == 2
 
 
+def test_two_synthetic_folders_of_one_name_stay_apart(tmp_path):
+    for name, race in (("a", 0), ("b", 1)):
+        write_folder(tmp_path / name / "made", [race] * 3)
+    data = ready(synthetic=[str(tmp_path / "a" / "made"), str(tmp_path / "b" / "made")], race_codes="public")
+    train = data._data("train")
+    made = [train[i] for i, record in enumerate(train.records) if record.synthetic]
+    assert [round(float(s["image"].max() * 255)) for s in made] == [9 * int(s["attributes"]["race"]) + 20 for s in made]
+    assert len(made) == 6
+
+
+def test_an_id_that_comes_twice_is_refused(tmp_path):
+    for name in ("a", "b"):
+        write_folder(tmp_path / name, [0, 1])
+    with pytest.raises(InvalidSampleError, match=r"id 'syn_00000' twice.*a/syn_00000.npz.*b/syn_00000.npz"):
+        ready(root=str(tmp_path), race_codes="public")
+
+
+def test_generated_samples_in_the_root_are_for_training_only(tmp_path):
+    write_folder(tmp_path, [0, 1] * 6)
+    write_folder(tmp_path, [0] * 5, start=20, synthetic=1)
+    data = ready(root=str(tmp_path), race_codes="public")
+    assert sum(r.synthetic for r in data.splits["train"]) == 5
+    assert not any(r.synthetic for part in ("val", "test") for r in data.splits[part])
+
+
+@pytest.mark.parametrize("where", ["root", "synthetic"])
+def test_truncated_files_are_skipped_when_asked(tmp_path, where):
+    write_folder(tmp_path, [0, 1] * 6)
+    broken = tmp_path / "syn_00003.npz"
+    broken.write_bytes(broken.read_bytes()[:100])
+    arguments = {"root": str(tmp_path)} if where == "root" else {"synthetic": [str(tmp_path)]}
+    with pytest.warns(UserWarning, match="1 unreadable, the first: .*syn_00003.npz"):
+        data = ready(**arguments, race_codes="public", on_error="skip")
+    used = [r for part in data.splits.values() for r in part if "syn_" in r.id]
+    assert len(used) == 11
+    with pytest.raises(InvalidSampleError, match=r"syn_00003.npz: unreadable"):
+        ready(**arguments, race_codes="public")
+
+
+def test_the_seed_of_the_run_reaches_the_data(monkeypatch):
+    monkeypatch.setenv("PL_GLOBAL_SEED", "7")
+    assert FairSegDataModule().seed == 7
+    assert FairSegDataModule(seed=3).seed == 3
+
+
 @pytest.mark.parametrize("on_error", ["raise", "skip"])
 def test_a_broken_file_stops_or_is_skipped_and_counted(tmp_path, on_error):
     write_folder(tmp_path, [0, 1] * 6)

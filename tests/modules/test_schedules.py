@@ -54,6 +54,20 @@ def test_warmup_cosine_rises_linearly_and_falls_to_zero():
     assert at(WarmupCosine, [0], total_steps=100, warmup=0.0)[0] == 1
 
 
+def test_the_first_step_is_part_of_the_warm_up_when_the_length_comes_later():
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    scheduler = WarmupCosine(optimizer, warmup=0.2)
+    scheduler.set_length(100)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(1 / 20)
+
+
+def test_a_prolonged_run_gets_a_longer_schedule():
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    short, long = PolynomialDecay(optimizer, 10), PolynomialDecay(optimizer, 20)
+    long.load_state_dict(short.state_dict())
+    assert long.total_steps == 20
+
+
 def test_a_schedule_without_length_says_so():
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
     scheduler = PolynomialDecay(optimizer)

@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader
 from fairdiff_lightning import DMoESegmenter, Segmenter
 from fairdiff_lightning.data import collate
 from fairdiff_lightning.metrics.functional import dice_score, equity_scaled, group_means
+from fairdiff_lightning.modules import PolynomialDecay
 from fairdiff_lightning.modules.segmenter import _group_channel, _read_group_channel
 from fairdiff_lightning.networks import CheckpointMismatchError
 
@@ -250,6 +251,19 @@ def test_balance_loss_has_a_weight_and_a_name():
     assert DMoESegmenter(**SMALL, num_groups={"race": 3}).losses(batch).keys() == {"loss"}
 
 
+def test_experts_of_their_own_are_balanced_block_by_block():
+    arguments = {"num_groups": {"race": 3}, "balance_weight": 1.0, "moe_sharing": "per_block", "num_experts": 4}
+    module = DMoESegmenter(**SMALL, **arguments).eval()
+    blocks = len(module.network.mixtures)
+    assert blocks == 4
+    with torch.no_grad():
+        for k, mixture in enumerate(module.network.mixtures):  # together even, each block on its own two experts
+            mixture.router.bias[:, 0] = torch.tensor([50.0 if e in (k, (k + 1) % 4) else -50.0 for e in range(4)])
+            mixture.router.weight.zero_()
+    losses = module.losses(collate([sample(i) for i in range(3)]))
+    assert float(losses["balance"]) == pytest.approx(4 / 3, abs=1e-3), "variance of (1/2, 1/2, 0, 0) over mean squared"
+
+
 def test_reference_behaviour_restores_noise_and_empty_scores():
     module = DMoESegmenter(**SMALL, num_groups={"race": 3}, reference_behaviour=True).eval()
     batch = collate([sample(i) for i in range(2)])
@@ -259,6 +273,20 @@ def test_reference_behaviour_restores_noise_and_empty_scores():
     empty = torch.zeros(1, 1, 4, 4, dtype=torch.int64)
     assert module._scores(empty, empty)["dice"].tolist() == [[0, 0]]
     assert module._scores(empty + 1, empty)["iou"].tolist() == [[1, 0]]
+
+
+@pytest.mark.parametrize(("interval", "length"), [("step", 3 * 2), ("epoch", 2)])
+def test_schedules_learn_the_length_of_the_run(tmp_path, interval, length):
+    module = Segmenter(**SMALL, lr_scheduler=PolynomialDecay, lr_interval=interval)
+    run = trainer(tmp_path, max_epochs=2)
+    run.fit(module, Contract())
+    assert run.lr_scheduler_configs[0].scheduler.total_steps == length
+    assert run.optimizers[0].param_groups[0]["lr"] == pytest.approx(0, abs=1e-9)
+
+
+def test_a_run_without_end_has_no_schedule(tmp_path):
+    with pytest.raises(ValueError, match="max_epochs=-1"):
+        trainer(tmp_path, max_epochs=-1).fit(Segmenter(**SMALL, lr_scheduler=PolynomialDecay), Contract())
 
 
 def test_surface_metrics_are_logged_when_asked_for(tmp_path):

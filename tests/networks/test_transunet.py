@@ -127,8 +127,9 @@ def test_checkpoint_of_another_network_is_refused_by_name():
 # ---- the network
 
 
-def test_logits_and_gates_have_their_shapes_and_every_parameter_a_gradient():
-    network = tiny(num_groups=3)
+@pytest.mark.parametrize("sharing", ["shared", "per_block"])
+def test_logits_and_gates_have_their_shapes_and_every_parameter_a_gradient(sharing):
+    network = tiny(num_groups=3, moe_sharing=sharing)
     logits, gates = network(torch.rand(3, 3, 32, 48), torch.tensor([2, 0, 2]), return_gates=True)
     assert logits.shape == (3, 3, 32, 48)
     assert gates.shape == (4, 3, 6, 8)
