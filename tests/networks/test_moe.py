@@ -318,7 +318,7 @@ def test_bfloat16_autocast_stays_close_and_keeps_types(monkeypatch, way):
     wanted = torch.autograd.grad(expected.square().sum(), parameters)
     for found, exact in zip(torch.autograd.grad(out.square().sum(), parameters), wanted, strict=True):
         assert found.dtype == torch.float32
-        assert float((found - exact).norm() / exact.norm()) < 0.05  # single entries differ where a ReLU flips
+        assert float((found - exact).norm() / exact.norm()) < 0.1  # single entries differ where a ReLU flips
 
 
 def test_a_call_without_gradient_does_not_cost_the_others_theirs():
