@@ -14,10 +14,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from timing import machine
+from torch.utils.data import DataLoader
 
 from fairdiff_lightning.data import HAM10000, FairSeg, FairSegDataModule, HAM10000DataModule, fairseg, ham10000
 from fairdiff_lightning.data.native import NativeDataset, to_image_tensor
 from fairdiff_lightning.data.phantoms import dermoscopy, slo_fundus
+from fairdiff_lightning.data.sample import Sample
 from fairdiff_lightning.data.segmentation import SegmentationDataModule
 
 
@@ -36,10 +38,10 @@ def write(dataset: NativeDataset, root: Path, count: int) -> None:
         )
 
 
-def seconds_per_epoch(data: SegmentationDataModule) -> float:
-    """Time of one pass over the training loader."""
+def seconds_per_epoch(loader: DataLoader[Sample]) -> float:
+    """Time of one pass over a loader."""
     start = time.perf_counter()
-    for batch in data.train_dataloader():
+    for batch in loader:
         batch["image"].sum()
     return time.perf_counter() - start
 
@@ -52,8 +54,9 @@ def row(name: str, module: type[SegmentationDataModule], root: Path, cache: str,
         os.environ["FAIRDIFF_CACHE"] = str(root.parent / f"cache-{name}-{cache}-{workers}-{repeat}")
         data = module(**arguments, cache=cache, fractions=(1.0, 0.0, 0.0))
         data.setup()
-        cold.append(seconds_per_epoch(data))
-        warm += [seconds_per_epoch(data) for _ in range(2)]
+        loader = data.train_dataloader()
+        cold.append(seconds_per_epoch(loader))
+        warm += [seconds_per_epoch(loader) for _ in range(2)]
     count = len(data.splits["train"])
     fast, slow = count / float(np.median(warm)), count / float(np.median(cold))
     return f"| {name}, cache={cache}, {workers} workers | {slow:.0f} | {fast:.0f} | {fast / slow:.1f} |"
