@@ -52,7 +52,8 @@ def sample_grid(images: Sequence[ArrayLike], truths: Sequence[ArrayLike], predic
         predictions: N masks (1, H, W) of class indices.
     """
     height, width = np.shape(images[0])[-2:]
-    figure = _figure(1.5 * len(images) + 0.4, 4.7 * height / width, layout="constrained")
+    # Event files keep every grid of a run, so its resolution is low.
+    figure = _figure(1.5 * len(images) + 0.4, 4.7 * height / width, dpi=80, layout="constrained")
     grid = figure.subplots(3, len(images), squeeze=False)
     for column, (image, truth, prediction) in enumerate(zip(images, truths, predictions, strict=True)):
         for axes in grid[:, column]:
@@ -129,10 +130,6 @@ def heat_map(matrix: ArrayLike, rows: Sequence[str], columns: Sequence[str], tit
     return figure
 
 
-LOGGED_DPI = 80
-"""Resolution of logged pictures: event files keep every one of them."""
-
-
 def log_figure(trainer_or_loggers: Trainer | Iterable[Logger], tag: str, figure: Figure, step: int) -> None:
     """Hand a figure to every logger that takes pictures; the others are left alone.
 
@@ -145,7 +142,6 @@ def log_figure(trainer_or_loggers: Trainer | Iterable[Logger], tag: str, figure:
         figure: what to log.
         step: the global step that the picture shows.
     """
-    figure.set_dpi(LOGGED_DPI)
     loggers: Any = getattr(trainer_or_loggers, "loggers", trainer_or_loggers)
     for logger in loggers:
         experiment = logger.experiment
