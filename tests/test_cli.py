@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 
+from fairdiff_lightning import Segmenter
 from fairdiff_lightning.cli import build_cli, main, newest_checkpoint
 from fairdiff_lightning.data import DatasetNotFoundError
 
@@ -114,12 +115,11 @@ def test_every_argument_has_help(name, capsys):
 
 
 def test_bare_names_and_dots_work_without_a_configuration():
-    main(
-        [
-            *("fit", "--model=Segmenter", "--model.network=tiny", "--data=HAM10000DataModule", "--data.image_size=32"),
-            *("--data.attributes=[sex]", "--trainer.fast_dev_run=1", "--trainer.accelerator=cpu"),
-        ]
-    )
+    arguments = ["--model=Segmenter", "--model.network=tiny", "--data=HAM10000DataModule", "--data.image_size=32"]
+    arguments += ["--data.attributes=[sex]", "--trainer.fast_dev_run=1", "--trainer.accelerator=cpu"]
+    main(["fit", *arguments])
+    model = build_cli(arguments, run=False).model
+    assert (type(model), model.num_groups, model.hparams["in_channels"]) == (Segmenter, {"sex": 2}, 3)
 
 
 def test_real_files_train_and_test(realdata):

@@ -23,7 +23,11 @@ def check(sample, batched=False):
 def test_good_samples_and_their_batch_pass():
     check(sample())
     check(sample(attributes={"race": torch.tensor(-1)}))
-    check(collate([sample(), sample(id="b")]), batched=True)
+    batch = collate([sample(), sample(id="b")])
+    check(batch, batched=True)
+    assert batch["id"] == ["a", "b"]
+    with pytest.raises(SampleError):
+        check(batch)
 
 
 @pytest.mark.parametrize(
