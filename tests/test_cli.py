@@ -150,9 +150,10 @@ def test_predictions_are_written_in_the_data_sets_format_and_read_back(tmp_path)
     assert len(manifest.read_text().splitlines()) == 9
 
 
-def test_sliding_windows_at_native_size_train_nothing_but_test(tmp_path):
+def test_patches_train_what_sliding_windows_test_at_native_size():
     native = ["--data.init_args.image_size=null", "--data.init_args.crop=null", "--data.init_args.evaluate_at=native"]
     sliding = ["--model.init_args.inference=sliding", "--model.init_args.roi_size=[64,64]"]
+    main(["fit", *DEMO, *native, *sliding, "--data.init_args.patch_size=64", "--trainer.fast_dev_run=1"])
     with pytest.warns(UserWarning, match="test without --ckpt_path uses the weights that the model starts with"):
         main(["test", *DEMO, *native, *sliding, "--trainer.limit_test_batches=1"])
     assert report()["images"] == 4

@@ -17,7 +17,7 @@ from fairdiff_lightning.cli import main
 REPOSITORY = Path(__file__).parents[1]
 DOCUMENTS = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 TINY = ["--trainer.fast_dev_run=1", "--trainer.accelerator=cpu", "--trainer.strategy=auto", "--trainer.devices=1"]
-TINY += ["--trainer.precision=32-true", "--data.image_size=32", "--data.batch_size=2", "--data.num_workers=0"]
+TINY += ["--trainer.precision=32-true", "--data.batch_size=2", "--data.num_workers=0"]
 
 
 def blocks(language):
@@ -58,7 +58,8 @@ def test_commands_run(command, repository, monkeypatch):
         assert words[0] == "fairdiff"
         given = [w for w in words[1:] if not w.startswith(("--data.root", "--ckpt_path"))]
         network = [] if any("unet.yaml" in w and "trans" not in w for w in words) else ["--model.network=tiny"]
-        main([*given, *TINY, *network])
+        size = [] if "--data.image_size=null" in words else ["--data.image_size=32"]
+        main([*given, *TINY, *size, *network])
 
 
 @pytest.mark.parametrize("code", blocks("python"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -70,3 +71,20 @@ class RandomRotateFlip(nn.Module):
         signs = torch.ones(count, 2)
         signs[torch.arange(count), axis] = 1 - 2 * branch[0].float()
         return rotation * signs[:, None]
+
+
+def random_patch(size: Sequence[int], side: int, generator: torch.Generator | None = None) -> tuple[slice, slice]:
+    """Rows and columns of a square patch at a random place.
+
+    Args:
+        size: height and width of the image, pixels.
+        side: of the patch, pixels.
+        generator: CPU generator of the draws; the global one when None.
+
+    Raises:
+        ValueError: when the patch is larger than the image.
+    """
+    if side > min(size):
+        raise ValueError(f"patch_size={side} is larger than the image, {size[0]} x {size[1]} pixels.")
+    top, left = (int(torch.randint(length - side + 1, (1,), generator=generator)) for length in size)
+    return slice(top, top + side), slice(left, left + side)

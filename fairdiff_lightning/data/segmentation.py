@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, DistributedSampler
 
 from fairdiff_lightning.data import phantoms
-from fairdiff_lightning.data.augmentation import RandomRotateFlip
+from fairdiff_lightning.data.augmentation import RandomRotateFlip, random_patch
 from fairdiff_lightning.data.cache import Storage, cache_root
 from fairdiff_lightning.data.dataset import SegmentationDataset
 from fairdiff_lightning.data.errors import InvalidSampleError
@@ -55,6 +55,8 @@ class SegmentationDataModule(LightningDataModule):
         total: size of the balanced training set.
         sampler: ``group_balanced`` shows every group equally often in each epoch, also under DDP.
         cache: keep decoded and resized samples in ``memory`` (shared by the loader's processes), on ``disk``, or not.
+        patch_size: side of the random patch, the same place for a whole batch, that training sees, pixels; for networks
+            that predict larger images by sliding windows.
         augment: random rotations and flips of the training batch, on its device.
         evaluate_at: ``native`` also yields the mask at the file's own size in val and test, for metrics there.
         on_error: ``skip`` reads every file once in ``setup`` and leaves out, counts and reports what cannot be read.
@@ -84,6 +86,7 @@ class SegmentationDataModule(LightningDataModule):
         total: int | None = None,
         sampler: Sampler = "shuffle",
         cache: Storage = "memory",
+        patch_size: int | None = None,
         augment: bool = True,
         evaluate_at: Literal["input", "native"] = "input",
         on_error: Literal["raise", "skip"] = "raise",
@@ -102,7 +105,7 @@ class SegmentationDataModule(LightningDataModule):
         self.synthetic, self.balance, self.total, self.sampler = list(synthetic), balance, total, sampler
         self.cache, self.evaluate_at, self.on_error, self.check = cache, evaluate_at, on_error, check
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
-        self.augmentation = RandomRotateFlip() if augment else None
+        self.patch_size, self.augmentation = patch_size, RandomRotateFlip() if augment else None
         self.splits: Splits = {}
         self._datasets: dict[str, SegmentationDataset] = {}
 
@@ -194,12 +197,16 @@ class SegmentationDataModule(LightningDataModule):
         return batch
 
     def on_after_batch_transfer(self, batch: Sample, dataloader_idx: int) -> Sample:
-        """Augment a training batch on its device, from a seed of its own."""
+        """Cut a patch of a training batch and augment it, on its device and from a seed of its own."""
         trainer = self.trainer
-        if self.augmentation is None or trainer is None or not trainer.training:
+        if trainer is None or not trainer.training:
             return batch
         draws = generator(self.seed, "augment", trainer.fit_loop.total_batch_idx, trainer.global_rank)
-        batch["image"], batch["mask"] = self.augmentation(batch["image"], batch["mask"], draws)
+        if self.patch_size is not None:
+            rows, columns = random_patch(batch["image"].shape[-2:], self.patch_size, draws)
+            batch["image"], batch["mask"] = (batch[key][..., rows, columns] for key in ("image", "mask"))
+        if self.augmentation is not None:
+            batch["image"], batch["mask"] = self.augmentation(batch["image"], batch["mask"], draws)
         return batch
 
     def train_dataloader(self) -> DataLoader[Sample]:

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from fairdiff_lightning.data import RandomRotateFlip
+from fairdiff_lightning.data.augmentation import random_patch
 
 
 def batch(height=8, width=8, count=64):
@@ -40,6 +41,13 @@ def test_branches_have_the_papers_probabilities():
     assert still.float().mean().item() == pytest.approx(0.25 + 0.25 / 40, abs=0.01), "none, or free by 0 degrees"
     angles = torch.atan2(matrices[:, 0, 1], matrices[:, 0, 0])[~flipped].rad2deg().round()
     assert (angles.min(), angles.max()) == (-20, 19)
+
+
+def test_patches_cover_every_place_and_no_other():
+    places = {tuple((s.start, s.stop) for s in random_patch((6, 5), 4)) for _ in range(300)}
+    assert places == {((top, top + 4), (left, left + 4)) for top in range(3) for left in range(2)}
+    with pytest.raises(ValueError, match="patch_size=6 is larger than the image, 6 x 5"):
+        random_patch((6, 5), 6)
 
 
 def test_a_generator_fixes_the_draws():
