@@ -71,7 +71,8 @@ class FairDiffCLI(LightningCLI):
         if trainer.get("enable_checkpointing") is False or trainer.get("fast_dev_run"):
             return [EpochSeed(), *pictures]
         monitor = getattr(self.model, "monitor", None)
-        best = [_checkpoint("best", self.resumed_folder, monitor=monitor, mode="max")] if monitor else []
+        mode = getattr(self.model, "monitor_mode", "max")
+        best = [_checkpoint("best", self.resumed_folder, monitor=monitor, mode=mode)] if monitor else []
         last = _checkpoint("last", self.resumed_folder, save_on_train_epoch_end=True)
         return [EpochSeed(), *pictures, *best, last]
 

@@ -5,6 +5,8 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "fairdiff_lightning"
 FORBIDDEN = {
+    "geometry": {"modules", "data", "callbacks", "networks", "diffusion", "losses", "metrics"},
+    "diffusion": {"modules", "data", "callbacks"},
     "networks": {"modules", "data", "callbacks", "losses", "metrics"},
     "losses": {"modules", "data", "callbacks"},
     "metrics": {"modules", "data", "callbacks"},

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, Literal, cast
 
@@ -17,7 +16,7 @@ from fairdiff_lightning.losses import FEBSLoss, FocalLoss, dice_ce_loss
 from fairdiff_lightning.metrics import GroupedScores
 from fairdiff_lightning.metrics.functional import EmptyPolicy, dice_score, equity_scaled
 from fairdiff_lightning.metrics.surface import SurfaceEmptyPolicy, surface_scores
-from fairdiff_lightning.modules.schedules import RunLengthSchedule
+from fairdiff_lightning.modules.optimization import configure
 from fairdiff_lightning.networks.build import NetworkName, build_network
 from fairdiff_lightning.networks.checkpoint import LoadReport, Source, check_state_dict, describe, read_state_dict
 
@@ -108,6 +107,8 @@ class Segmenter(LightningModule):
         )
         self._init_from = init_from
 
+    monitor_mode: Literal["min", "max"] = "max"
+
     @property
     def monitor(self) -> str:
         """The logged value that the best checkpoint maximises."""
@@ -194,24 +195,7 @@ class Segmenter(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """The optimizer on what is trainable, and its schedule."""
-        optimizer = self.optimizer(p for p in self.parameters() if p.requires_grad)
-        if self.lr_scheduler is None:
-            return optimizer
-        scheduler = self.lr_scheduler(optimizer)
-        if isinstance(scheduler, RunLengthSchedule) and scheduler.total_steps is None:
-            scheduler.set_length(self._run_length())
-        config = {"scheduler": scheduler, "interval": self.hparams["lr_interval"], "monitor": self.monitor}
-        return {"optimizer": optimizer, "lr_scheduler": config}
-
-    def _run_length(self) -> int:
-        epochs = self.hparams["lr_interval"] == "epoch"
-        length = self.trainer.max_epochs if epochs else self.trainer.estimated_stepping_batches
-        if length is None or not 0 < length < math.inf:
-            raise ValueError(
-                f"the schedule's length cannot be told from max_epochs={self.trainer.max_epochs}, max_steps="
-                f"{self.trainer.max_steps}: set one of them, or the scheduler's total_steps."
-            )
-        return int(length)
+        return configure(self, self.optimizer, self.lr_scheduler, self.hparams["lr_interval"], self.monitor)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Say by name what does not fit when the checkpoint is of another architecture."""

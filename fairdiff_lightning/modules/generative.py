@@ -1,0 +1,105 @@
+"""What all generators share: training on a loss, a few samples while validating, and answers to requests."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, Literal, cast
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor
+
+from fairdiff_lightning.data.sample import Sample
+from fairdiff_lightning.data.seeding import derive_seed
+from fairdiff_lightning.modules.optimization import configure
+
+CARRIED = ("id", "attributes", "seed", "source")
+"""What a generated sample takes over from its request."""
+
+
+class GenerativeModule(LightningModule, ABC):
+    """Base of the generators; a subclass says what its loss is and how it answers requests.
+
+    Args:
+        optimizer: built on the trainable parameters.
+        lr_scheduler: built on the optimizer; one of :mod:`~fairdiff_lightning.modules.schedules` learns the run's
+            length by itself.
+        lr_interval: when the scheduler steps.
+        num_validation_samples: samples that each validation generates, over all devices, for pictures and metrics.
+    """
+
+    monitor: str = "val/loss"
+    """The logged value that tells the best checkpoint."""
+    monitor_mode: Literal["min", "max"] = "min"
+
+    def __init__(
+        self,
+        optimizer: OptimizerCallable,
+        lr_scheduler: LRSchedulerCallable | None,
+        lr_interval: Literal["step", "epoch"],
+        num_validation_samples: int,
+    ) -> None:
+        super().__init__()
+        self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
+        self.lr_interval: Literal["step", "epoch"] = lr_interval
+        self.num_validation_samples = num_validation_samples
+        self._validation_budget = 0
+
+    @abstractmethod
+    def losses(self, batch: Sample) -> dict[str, Tensor]:
+        """Named loss terms, ``loss`` is what is minimised; noise comes from the batch's ``seed`` where it has one."""
+
+    @abstractmethod
+    def generate(self, requests: Sample) -> dict[str, Any]:
+        """Answer a batch of requests: ``image`` in [0, 1] and ``mask``, or one of them.
+
+        Everything random comes from ``requests["seed"]`` (B,) int64.
+        """
+
+    def training_step(self, batch: Sample, batch_idx: int) -> Tensor:
+        """One step on a batch of the contract."""
+        losses = self.losses(batch)
+        named = {f"train/{name}": value.detach() for name, value in losses.items()}
+        self.log_dict(named, prog_bar=True, batch_size=len(batch["id"]))
+        return losses["loss"]
+
+    def on_validation_epoch_start(self) -> None:
+        """Allow this process its share of the samples."""
+        share = -(-self.num_validation_samples // self.trainer.world_size)
+        self._validation_budget = 0 if self.trainer.sanity_checking else share
+
+    def validation_step(self, batch: Sample, batch_idx: int) -> dict[str, Any]:
+        """Losses of a batch, with noise that is the same at every validation, and ``generated`` for its first samples.
+
+        Returns:
+            ``generated``: a batch of the contract made for the first samples of ``batch`` as requests (same groups,
+            same masks), None when enough have been made.
+        """
+        size = len(batch["id"])
+        seeds = torch.tensor([derive_seed("validation", name) for name in batch["id"]])
+        batch = cast(Sample, {**batch, "seed": seeds})
+        losses = {f"val/{name}": value for name, value in self.losses(batch).items()}
+        self.log_dict(losses, batch_size=size, sync_dist=True)
+        count = min(self._validation_budget, size)
+        self._validation_budget -= count
+        return {"generated": self.predict_step(first(batch, count)) if count else None}
+
+    def predict_step(self, batch: Sample, batch_idx: int = 0) -> dict[str, Any]:
+        """Samples of the contract for a batch of requests."""
+        carried = {key: batch[key] for key in CARRIED if key in batch}  # type: ignore[literal-required]
+        synthetic = torch.ones(len(batch["id"]), dtype=torch.bool)
+        return {**carried, "synthetic": synthetic, **self.generate(batch)}
+
+    def configure_optimizers(self) -> Any:
+        """The optimizer on what is trainable, and its schedule."""
+        return configure(self, self.optimizer, self.lr_scheduler, self.lr_interval, self.monitor)
+
+
+def first(batch: Sample, count: int) -> Sample:
+    """The first samples of a batch."""
+    return cast(Sample, {key: _first(value, count) for key, value in batch.items()})
+
+
+def _first(value: Any, count: int) -> Any:
+    return {k: _first(v, count) for k, v in value.items()} if isinstance(value, dict) else value[:count]
