@@ -12,8 +12,16 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.utilities import rank_zero_warn
 
 import fairdiff_lightning.data  # noqa: F401 - makes bare class names known to the parser
-from fairdiff_lightning.callbacks import EpochSeed, ExpertUsageHeatMap, FairnessReport, PredictionWriter, SampleGrid
-from fairdiff_lightning.modules import Segmenter
+from fairdiff_lightning.callbacks import (
+    EpochSeed,
+    ExpertUsageHeatMap,
+    FairnessReport,
+    GeneratedGrid,
+    PredictionWriter,
+    SampleGrid,
+    SyntheticDatasetWriter,
+)
+from fairdiff_lightning.modules import GenerativeModule, Segmenter
 from fairdiff_lightning.version import __version__
 
 LINKED = ("num_classes", "in_channels", "image_size", "num_groups")
@@ -24,7 +32,8 @@ class FairDiffCLI(LightningCLI):
     """LightningCLI with both subclass modes, data linked to the model, and callbacks that one wants anyway.
 
     Unless the configuration has its own: training keeps ``best.ckpt`` (by the module's ``monitor``) and ``last.ckpt``
-    and logs sample grids and expert usage, testing writes the fairness report, predicting writes the masks.
+    and logs sample grids and expert usage, testing writes the fairness report, predicting writes the masks, or what
+    ``data.generate`` asks a generator for.
     ``--ckpt_path best|last`` also finds the newest such checkpoint of an earlier process below ``default_root_dir``.
     """
 
@@ -59,12 +68,13 @@ class FairDiffCLI(LightningCLI):
 
     def default_callbacks(self) -> list[Callback]:
         """The callbacks of a subcommand; those that read what our modules return are for our modules."""
-        ours = isinstance(self.model, Segmenter)
+        ours, generator = isinstance(self.model, Segmenter), isinstance(self.model, GenerativeModule)
         if self.subcommand == "test":
             return [FairnessReport()] if ours and getattr(self.datamodule, "attribute_groups", None) else []
         if self.subcommand == "predict":
-            return [PredictionWriter()] if ours else []
+            return [PredictionWriter()] if ours else [SyntheticDatasetWriter()] if generator else []
         pictures: list[Callback] = [SampleGrid(), ExpertUsageHeatMap()] if ours else []
+        pictures += [GeneratedGrid()] if generator else []
         if self.subcommand != "fit":
             return pictures
         trainer = self._get(self.config_init, "trainer", default={})

@@ -5,7 +5,7 @@ Matplotlib is imported by the functions, so that this module stays light, and py
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -63,6 +63,37 @@ def sample_grid(images: Sequence[ArrayLike], truths: Sequence[ArrayLike], predic
     for axes, label in zip(grid[:, 0], ("image", "truth", "prediction"), strict=True):
         axes.text(-0.06, 0.5, label, rotation=90, ha="right", va="center", transform=axes.transAxes)
     return figure
+
+
+def picture_grid(rows: Mapping[str, Sequence[ArrayLike]], columns: Sequence[str]) -> Figure:
+    """Draw pictures in named rows and columns.
+
+    Args:
+        rows: label -> pictures (C, H, W) in [0, 1], one for each column.
+        columns: titles of the columns.
+    """
+    height, width = np.shape(next(iter(rows.values()))[0])[-2:]
+    size = (1.5 * len(columns) + 0.4, (1.5 * height / width + 0.05) * len(rows) + 0.3)
+    figure = _figure(*size, dpi=80, layout="constrained")
+    grid = figure.subplots(len(rows), len(columns), squeeze=False)
+    for line, (label, pictures) in zip(grid, rows.items(), strict=True):
+        for axes, picture in zip(line, pictures, strict=True):
+            show(axes, to_pixels(picture))
+        line[0].text(-0.06, 0.5, label, rotation=90, ha="right", va="center", transform=line[0].transAxes)
+    for axes, title in zip(grid[0], columns, strict=True):
+        axes.set_title(title, fontsize=9)
+    return figure
+
+
+def class_colours(mask: ArrayLike) -> NDArray[np.float64]:
+    """Colour class indices (1, H, W) as a picture (3, H, W) in [0, 1]; the background is white."""
+    from matplotlib.colors import to_rgb
+
+    colours = np.array([to_rgb("white"), *map(to_rgb, PALETTE)])
+    indices = np.asarray(mask)[0]
+    inner = 1 + (indices - 1) % len(PALETTE)
+    painted: NDArray[np.float64] = colours[np.where(indices > 0, inner, 0)].transpose(2, 0, 1)
+    return painted
 
 
 def group_bars(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from PIL import Image
 from torch import Tensor
 
+from fairdiff_lightning.callbacks.manifest import Manifest
 from fairdiff_lightning.callbacks.step_outputs import require_keys
 from fairdiff_lightning.data.native import atomic_path
 
@@ -21,7 +21,7 @@ _PREDICTION = {
     "mask": "class indices (B, 1, H, W), or a list of (1, H, W)",
     "id": "a name for each mask, unique in the data",
 }
-_HEADER = ("id", "file")
+_COLUMNS = ("id", "file")
 
 
 class PredictionWriter(BasePredictionWriter):
@@ -44,14 +44,14 @@ class PredictionWriter(BasePredictionWriter):
         super().__init__(write_interval="batch")
         self.output_dir = output_dir
         self.directory = Path(output_dir or "predictions")
+        self.manifest = Manifest(self.directory, _COLUMNS)
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Settle on the folder, and begin this process's part of the manifest."""
         log_dir = trainer.log_dir or trainer.default_root_dir  # asks all processes
         self.directory = Path(self.output_dir or Path(log_dir) / "predictions")
-        part = self._part(trainer.global_rank)
-        part.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text("")
+        self.manifest = Manifest(self.directory, _COLUMNS)
+        self.manifest.start(trainer.global_rank, afresh=True)
 
     def write_on_batch_end(
         self,
@@ -70,27 +70,13 @@ class PredictionWriter(BasePredictionWriter):
         for sample_id, mask in zip(map(str, prediction["id"]), prediction["mask"], strict=True):
             path = Path(write_mask(self.directory, sample_id, mask.detach().cpu()))
             rows.append((sample_id, os.path.relpath(path, self.directory)))
-        with self._part(trainer.global_rank).open("a", newline="", encoding="utf-8") as stream:
-            csv.writer(stream).writerows(rows)
+        self.manifest.append(trainer.global_rank, rows)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Merge the parts of all processes into ``manifest.csv``, an id that several wrote once."""
         trainer.strategy.barrier("predictions written")
-        if not trainer.is_global_zero:
-            return
-        parts = [self._part(rank) for rank in range(trainer.world_size)]
-        rows = {}
-        for part in parts:
-            with part.open(newline="", encoding="utf-8") as stream:
-                rows.update(dict(csv.reader(stream)))
-        manifest = self.directory / "manifest.csv"
-        with atomic_path(manifest) as path, path.open("w", newline="", encoding="utf-8") as stream:
-            csv.writer(stream).writerows([_HEADER, *sorted(rows.items())])
-        for part in parts:
-            part.unlink()
-
-    def _part(self, rank: int) -> Path:
-        return self.directory / f".manifest-{rank}.csv"
+        if trainer.is_global_zero:
+            self.manifest.merge(keep=False)
 
 
 def write_png(directory: Path, sample_id: str, mask: Tensor) -> Path:

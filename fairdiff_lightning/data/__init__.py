@@ -7,6 +7,7 @@ from fairdiff_lightning.data.fairseg import FairSeg, FairSegDataModule
 from fairdiff_lightning.data.ham10000 import HAM10000, HAM10000DataModule
 from fairdiff_lightning.data.mixing import equal_scale
 from fairdiff_lightning.data.native import NativeDataset, Record
+from fairdiff_lightning.data.requests import GenerationPlan, Request
 from fairdiff_lightning.data.sample import AttributeSpec, Sample, SampleError, collate, validate
 from fairdiff_lightning.data.samplers import GroupBalancedSampler
 from fairdiff_lightning.data.segmentation import SegmentationDataModule
@@ -18,12 +19,14 @@ __all__ = [
     "DatasetNotFoundError",
     "FairSeg",
     "FairSegDataModule",
+    "GenerationPlan",
     "GroupBalancedSampler",
     "HAM10000DataModule",
     "InvalidSampleError",
     "NativeDataset",
     "RandomRotateFlip",
     "Record",
+    "Request",
     "Sample",
     "SampleError",
     "SegmentationDataModule",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import mmap
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -14,7 +14,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from numpy.typing import NDArray
 
 Storage = Literal["none", "memory", "disk"]
-Arrays = tuple[NDArray[Any], NDArray[np.uint8]]
+Arrays = tuple[NDArray[Any], ...]
+Layout = Mapping[str, tuple[tuple[int, ...], Any]]
 VERSION = 1
 """Part of every key: raised when what is stored for the same files and settings changes."""
 
@@ -35,10 +36,10 @@ def fingerprint(files: Sequence[str | Path], *settings: object) -> str:
 
 
 class SampleCache(Protocol):
-    """Keeps what ``decode`` returns for an index."""
+    """Keeps the arrays that ``decode`` returns for an index."""
 
     def get(self, index: int, decode: Callable[[int], Arrays]) -> Arrays:
-        """The image and mask of a sample, decoded at the first call."""
+        """The arrays of a sample, decoded at the first call."""
 
 
 class NoCache:
@@ -50,71 +51,53 @@ class NoCache:
 
 
 class ArrayCache:
-    """One buffer for all images, one for all masks and a flag for each sample that is set last.
+    """One buffer for each kind of array and a flag for each sample that is set last.
 
     A process that dies while it stores a sample leaves the flag unset, so nothing half-written is ever read.
 
     Args:
         allocate: makes a zeroed buffer of a number of bytes that other processes can share, under a name.
         length: number of samples.
-        image_shape: shape of one decoded image.
-        image_dtype: its type.
-        mask_shape: shape of one mask.
+        layout: kind (images, masks) -> shape and type of one sample's array, in the order that ``decode`` returns them.
     """
 
-    def __init__(
-        self,
-        allocate: Callable[[str, int], Any],
-        length: int,
-        image_shape: tuple[int, ...],
-        image_dtype: np.dtype[Any],
-        mask_shape: tuple[int, ...],
-    ) -> None:
-        self._arguments = (allocate, length, image_shape, image_dtype, mask_shape)
+    def __init__(self, allocate: Callable[[str, int], Any], length: int, layout: Layout) -> None:
+        self._arguments = (allocate, length, layout)
 
-        def array(name: str, shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
-            size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        def array(name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+            size = int(np.prod(shape)) * dtype.itemsize
             return np.frombuffer(allocate(name, size), dtype=dtype).reshape(shape)
 
-        self.images = array("images", (length, *image_shape), image_dtype)
-        self.masks = array("masks", (length, *mask_shape), np.uint8)
-        self.filled = array("filled", (length,), np.uint8)
+        self.arrays = [array(name, (length, *shape), np.dtype(dtype)) for name, (shape, dtype) in layout.items()]
+        self.filled = array("filled", (length,), np.dtype(np.uint8))
 
     def get(self, index: int, decode: Callable[[int], Arrays]) -> Arrays:
-        """The image and mask of a sample, decoded and stored at the first call."""
+        """The arrays of a sample, decoded and stored at the first call."""
         if not self.filled[index]:
-            self.images[index], self.masks[index] = decode(index)
+            for array, value in zip(self.arrays, decode(index), strict=True):
+                array[index] = value
             self.filled[index] = 1
-        return self.images[index], self.masks[index]
+        return tuple(array[index] for array in self.arrays)
 
     def __reduce__(self) -> tuple[type[ArrayCache], tuple[Any, ...]]:
         """A spawned process opens the same files on disk; memory it starts anew."""
         return type(self), self._arguments
 
 
-def open_cache(
-    storage: Storage,
-    key: str,
-    length: int,
-    image_shape: tuple[int, ...],
-    image_dtype: np.dtype[Any],
-    mask_shape: tuple[int, ...],
-) -> SampleCache:
+def open_cache(storage: Storage, key: str, length: int, layout: Layout) -> SampleCache:
     """A cache for ``length`` samples; reading goes on uncached, with one warning, when there is no room.
 
     Args:
         storage: ``memory`` is shared by forked loader processes; ``disk`` outlives the run.
         key: :func:`fingerprint` of the files and settings, names the folder on disk.
         length: number of samples.
-        image_shape: shape of one decoded image.
-        image_dtype: its type.
-        mask_shape: shape of one mask.
+        layout: see :class:`ArrayCache`.
     """
     if storage == "none" or not length:
         return NoCache()
     allocate = allocate_in_memory if storage == "memory" else DiskAllocator(cache_root() / "samples" / key)
     try:
-        return ArrayCache(allocate, length, image_shape, image_dtype, mask_shape)
+        return ArrayCache(allocate, length, layout)
     except (OSError, ValueError, AttributeError) as error:  # no room, a file of another size, no fallocate (macOS)
         rank_zero_warn(
             f"cannot make the {storage} cache ({error}); samples are decoded each time instead. "

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import csv
+import os
+import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -260,12 +263,21 @@ def _has_row(path: Path, image_id: str) -> bool:
 
 
 def _append_row(path: Path, row: dict[str, Any]) -> None:
-    """Add a row to the table, made with its header when it is not there; one line is one write."""
+    """Add a row to the table, made with its header when it is not there; one line is one write, also of processes."""
+    _make_table_once(path)
     values = {c: "" if isinstance(v := row.get(c, ""), float) and np.isnan(v) else v for c in COLUMNS}
-    fresh = not path.exists()
-    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", newline="") as stream:
-        table = csv.DictWriter(stream, COLUMNS)
-        if fresh:
-            table.writeheader()
-        table.writerow(values)
+        csv.DictWriter(stream, COLUMNS).writerow(values)
+
+
+def _make_table_once(path: Path) -> None:
+    if path.exists():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent)
+    with open(handle, "w", newline="") as stream:
+        csv.DictWriter(stream, COLUMNS).writeheader()
+    os.chmod(temporary, 0o644)
+    with suppress(FileExistsError):  # another process was first
+        os.link(temporary, path)
+    os.unlink(temporary)

@@ -10,7 +10,7 @@ import numpy as np
 from fairdiff_lightning.data.native import Record
 
 Group = TypeVar("Group", str, int)
-Balance = Literal["none", "oversample", "equal_scale"]
+Balance = Literal["none", "oversample", "repeat_sample", "equal_scale", "natural_scale"]
 
 
 def quotas(total: int, groups: Sequence[Group]) -> dict[Group, int]:
@@ -52,11 +52,14 @@ def mix(
         real: real training samples.
         synthetic: generated samples of the same data set.
         balance: ``none`` takes everything once; ``oversample`` repeats each group until all are as large, the last
-            repetition in part (Repeat-Sample); ``equal_scale`` see :func:`equal_scale`.
+            repetition in part; ``repeat_sample`` draws as many from each group with replacement (FairDiff's
+            Repeat_Sample lists); ``equal_scale`` see :func:`equal_scale`; ``natural_scale`` as FairDiff's script
+            ``data_combination.py``: a quarter of the total are real samples drawn with replacement whatever their
+            group, synthetic ones fill each group up to its quota.
         attribute: whose groups are balanced; samples of an unknown group are left out when balancing.
         group_names: index -> name of the groups that are balanced.
-        total: size of the balanced set; the largest group's size for each group (``oversample``), the number of real
-            samples (``equal_scale``) when None.
+        total: size of the balanced set; when None, the largest group's size for each group (``oversample``,
+            ``repeat_sample``) or the number of real samples (``equal_scale``, ``natural_scale``).
         seed: of every draw.
 
     Raises:
@@ -71,12 +74,19 @@ def mix(
         source: {g: [r for r in records if r.attributes[attribute] == g] for g in group_names}
         for source, records in (("real", real), ("synthetic", synthetic))
     }
-    if balance == "oversample":
+    if balance in ("oversample", "repeat_sample"):
         both = {g: pools["real"][g] + pools["synthetic"][g] for g in group_names}
         _refuse_empty(both, attribute, group_names)
         target = quotas(total or max(map(len, both.values())) * len(both), list(both))
-        return [r for g, pool in both.items() for r in _draw_with_repeats(pool, target[g], rng)]
-    plan = equal_scale({g: len(pool) for g, pool in pools["real"].items()}, total or len(real))
+        draw = _draw_with_repeats if balance == "oversample" else _draw_with_replacement
+        return [r for g, pool in both.items() for r in draw(pool, target[g], rng)]
+    size = len(real) if total is None else total
+    if balance == "natural_scale":
+        known = [r for r in real if r.attributes[attribute] in group_names]
+        _refuse_empty({-1: known}, attribute, {-1: "of any group"})
+        drawn = _draw_with_replacement(known, size // 4, rng)
+        pools["real"] = {g: [r for r in drawn if r.attributes[attribute] == g] for g in group_names}
+    plan = equal_scale({g: len(pool) for g, pool in pools["real"].items()}, size)
     short = {
         group_names[g]: needed - len(pools["synthetic"][g])
         for g, (_, needed) in plan.items()
@@ -84,7 +94,7 @@ def mix(
     }
     if short:
         raise ValueError(
-            f"equal_scale with total={total or len(real)} over '{attribute}' lacks synthetic samples: {short}. "
+            f"{balance} with total={size} over '{attribute}' lacks synthetic samples: {short}. "
             "Generate them and name their folder in `synthetic`, or lower `total`."
         )
     return [
@@ -104,6 +114,10 @@ def _draw(pool: Sequence[Record], count: int, rng: np.random.Generator) -> list[
 def _draw_with_repeats(pool: Sequence[Record], count: int, rng: np.random.Generator) -> list[Record]:
     whole, rest = divmod(count, len(pool))
     return [*pool] * whole + _draw(pool, rest, rng)
+
+
+def _draw_with_replacement(pool: Sequence[Record], count: int, rng: np.random.Generator) -> list[Record]:
+    return [pool[i] for i in rng.integers(len(pool), size=count)]
 
 
 def _refuse_empty(pools: Mapping[int, Sequence[Record]], attribute: str, group_names: Mapping[int, str]) -> None:

@@ -32,7 +32,8 @@ class Sample(TypedDict, total=False):
         spacing: float32 (3,) voxel size, mm.
         seed: int64 scalar from which a generator draws everything random of this sample.
         synthetic: bool scalar, True when a generator made it.
-        source: id of the real case that a synthetic sample was derived from.
+        source: id of the real case that a synthetic sample was derived from, empty when there is none.
+        condition: id of what a synthetic sample was made to follow, a mask for example.
     """
 
     image: Required[Tensor]
@@ -50,6 +51,7 @@ class Sample(TypedDict, total=False):
     seed: Tensor
     synthetic: Tensor
     source: Any
+    condition: Any
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -23,9 +23,17 @@ from fairdiff_lightning.data.cache import Storage, cache_root
 from fairdiff_lightning.data.dataset import SegmentationDataset
 from fairdiff_lightning.data.errors import InvalidSampleError
 from fairdiff_lightning.data.mixing import Balance, mix
-from fairdiff_lightning.data.native import NativeDataset, Record, atomic_path, make_directory_once
-from fairdiff_lightning.data.resize import Resize
-from fairdiff_lightning.data.sample import AttributeSpec, Sample, collate, validate
+from fairdiff_lightning.data.native import NativeDataset, Record, atomic_path, check_classes, make_directory_once
+from fairdiff_lightning.data.requests import (
+    TRAINING_MASKS,
+    GenerationPlan,
+    Request,
+    RequestBatches,
+    make_requests,
+    read_masks,
+)
+from fairdiff_lightning.data.resize import Resize, centre_region, crop_to, resize_mask
+from fairdiff_lightning.data.sample import UNKNOWN, AttributeSpec, Sample, collate, validate
 from fairdiff_lightning.data.samplers import GroupBalancedSampler, SequentialShards
 from fairdiff_lightning.data.seeding import derive_seed, generator
 from fairdiff_lightning.data.splits import Splits, check_disjoint, split_records
@@ -53,6 +61,9 @@ class SegmentationDataModule(LightningDataModule):
         synthetic: folders of generated samples in the same layout, for training only.
         balance: how real and synthetic samples are mixed, see :func:`~fairdiff_lightning.data.mixing.mix`.
         total: size of the balanced training set.
+        balance_unknown: balance the samples of unknown group too, as one group more.
+        num_points: outline points of the mask that every sample carries, for generators of masks; without augmentation.
+        generate: what ``predict`` asks a generator for; None predicts the test split.
         sampler: ``group_balanced`` shows every group equally often in each epoch, also under DDP.
         cache: keep decoded and resized samples in ``memory`` (shared by the loader's processes), on ``disk``, or not.
         patch_size: side of the random patch, the same place for a whole batch, that training sees, pixels; for networks
@@ -84,6 +95,9 @@ class SegmentationDataModule(LightningDataModule):
         synthetic: Sequence[str] = (),
         balance: Balance = "none",
         total: int | None = None,
+        balance_unknown: bool = False,
+        num_points: int | None = None,
+        generate: GenerationPlan | None = None,
         sampler: Sampler = "shuffle",
         cache: Storage = "memory",
         patch_size: int | None = None,
@@ -106,7 +120,11 @@ class SegmentationDataModule(LightningDataModule):
         self.cache, self.evaluate_at, self.on_error, self.check = cache, evaluate_at, on_error, check
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
         self.patch_size, self.augmentation = patch_size, RandomRotateFlip() if augment else None
+        self.balance_unknown, self.num_points, self.generate = balance_unknown, num_points, generate
+        if num_points is not None:
+            self.augmentation = None  # it moves pixels, not points
         self.splits: Splits = {}
+        self._existing: Callable[[], Iterable[str]] = tuple
         self._datasets: dict[str, SegmentationDataset] = {}
 
     @property
@@ -232,14 +250,40 @@ class SegmentationDataModule(LightningDataModule):
         return self._loader(data, SequentialShards(data, *self._ranks()))
 
     def predict_dataloader(self) -> DataLoader[Sample]:
-        """The test split, with the files' own sizes, so that predictions are written at these."""
+        """The requests of ``generate``, or the test split with the files' own sizes, to write predictions at these."""
+        if self.generate is not None:
+            return self._request_loader(self.generate)
         data = self._data("predict")
         return self._loader(data, SequentialShards(data, *self._ranks()))
+
+    def requests(self) -> list[Request]:
+        """What ``generate`` asks for, all of it.
+
+        Raises:
+            ValueError: without a plan, or when a group has no mask to condition on.
+        """
+        if self.generate is None:
+            raise ValueError("nothing to generate: give the data module generate=GenerationPlan(...).")
+        groups = self._balanced_groups() if self.attribute_specs else {0: "sample"}
+        attribute = self.attribute_specs[0].name if self.attribute_specs else None
+        real = [r for r in self.splits["train"] if not r.synthetic]
+        counts = {g: sum(attribute is None or r.attributes[attribute] == g for r in real) for g in groups}
+        return make_requests(self.generate, groups, counts, self._condition_masks(self.generate, real), attribute)
+
+    def skip_requests(self, existing: Callable[[], Iterable[str]]) -> None:
+        """Leave out of the predict loader what exists already; asked when the loader is made."""
+        self._existing = existing
 
     def write_mask(self, directory: Path, sample_id: str, mask: torch.Tensor | NDArray[np.uint8]) -> Path:
         """Store a predicted mask (1, H, W) or (H, W) of class indices in the data set's own format."""
         array = np.asarray(mask, dtype=np.uint8).reshape(mask.shape[-2:])
         return self.dataset.write_mask(Path(directory), sample_id, array)
+
+    def write_sample(self, directory: Path, sample: Mapping[str, Any]) -> Path:
+        """Store a generated sample in the data set's own layout; one without an image as a mask."""
+        if "image" in sample:
+            return self.dataset.write(Path(directory), cast(Sample, sample))
+        return self.write_mask(directory, sample["id"], sample["mask"])
 
     def write_splits(self, path: Path) -> None:
         """Write the split as a table: id, unit, split, synthetic, and the group of every attribute."""
@@ -306,9 +350,10 @@ class SegmentationDataModule(LightningDataModule):
 
     def _readable(self, records: Sequence[Record]) -> tuple[list[Record], list[InvalidSampleError]]:
         kept, errors = [], []
+        reader = self._dataset(records)
         for record in records:
             try:
-                self.dataset.read_arrays(record)
+                reader.decode(record)
                 kept.append(record)
             except InvalidSampleError as error:
                 errors.append(error)
@@ -319,21 +364,17 @@ class SegmentationDataModule(LightningDataModule):
         for folder in self.synthetic:
             found = self._usable(Path(folder))
             made = [*made, *(replace(r, id=str(Path(folder) / r.id), synthetic=True) for r in found)]
-        synthetic = [record for record in made if record.source not in held_out]
-        if len(synthetic) < len(made):
-            rank_zero_warn(
-                f"{len(made) - len(synthetic)} synthetic samples are derived from validation or test cases "
-                "and are left out."
-            )
+        _refuse_leaks(made, held_out)
         attribute, names = (self.attribute_specs[0].name, self._balanced_groups()) if self.attribute_specs else ("", {})
         seed = derive_seed(self.seed, "mix") % 2**32
-        return mix(splits["train"], synthetic, self.balance, attribute, names, self.total, seed)
+        return mix(splits["train"], made, self.balance, attribute, names, self.total, seed)
 
     def _balanced_groups(self) -> dict[int, str]:
         """Index -> name of the first attribute's groups that the filters keep."""
         spec = self.attribute_specs[0]
         kept = self.groups.get(spec.name, range(len(spec)))
-        return {index: name for index, name in enumerate(spec.groups) if index in kept}
+        unknown = {UNKNOWN: "unknown"} if self.balance_unknown else {}
+        return {index: name for index, name in enumerate(spec.groups) if index in kept} | unknown
 
     def _report(self) -> None:
         sizes = ", ".join(f"{part} {len(records)}" for part, records in self.splits.items())
@@ -360,17 +401,38 @@ class SegmentationDataModule(LightningDataModule):
             if 0 < len(records) < self._ranks()[0]:
                 raise ValueError(f"the {part} split has {len(records)} samples for {self._ranks()[0]} processes.")
             native = part == "predict" or (part in EVALUATION and self.evaluate_at == "native")
-            self._datasets[part] = SegmentationDataset(
-                self.dataset,
-                records,
-                [spec.name for spec in self.attribute_specs],
-                self.image_size,
-                self.crop,
-                self.resize,
-                native,
-                self.cache,
-            )
+            self._datasets[part] = self._dataset(records, native, self.cache)
         return self._datasets[part]
+
+    def _dataset(
+        self, records: Sequence[Record], native_mask: bool = False, cache: Storage = "none"
+    ) -> SegmentationDataset:
+        names = [spec.name for spec in self.attribute_specs]
+        frame = (self.image_size, self.crop, self.resize)
+        return SegmentationDataset(self.dataset, records, names, *frame, native_mask, cache, self.num_points)
+
+    def _condition_masks(self, plan: GenerationPlan, real: list[Record]) -> list[Record] | None:
+        if plan.masks is None:
+            return None
+        if plan.masks == TRAINING_MASKS:
+            return real
+        masks = read_masks(Path(plan.masks), self.attribute_specs)
+        _refuse_leaks(masks, {r.id for part in EVALUATION for r in self.splits[part]})
+        return masks
+
+    def _read_condition(self, record: Record) -> dict[str, torch.Tensor]:
+        mask = self.dataset.read_mask(record)
+        check_classes(mask, self.num_classes, str(record.files))
+        cropped = crop_to(mask, centre_region(mask.shape, self.crop))
+        return {"mask": torch.from_numpy(resize_mask(cropped, self.image_size, self.resize).astype(np.int64))[None]}
+
+    def _request_loader(self, plan: GenerationPlan) -> DataLoader[Sample]:
+        names = [spec.name for spec in self.attribute_specs]
+        done = frozenset(self._existing())
+        batches = RequestBatches(self.requests(), self.batch_size, names, self._read_condition, done)
+        return DataLoader(
+            batches, None, sampler=SequentialShards(batches, *self._ranks()), num_workers=self.num_workers
+        )
 
     def _ranks(self) -> tuple[int, int]:
         return (self.trainer.world_size, self.trainer.global_rank) if self.trainer is not None else (1, 0)
@@ -385,4 +447,14 @@ class SegmentationDataModule(LightningDataModule):
             pin_memory=torch.cuda.is_available(),
             persistent_workers=self.num_workers > 0,
             generator=generator(self.seed, "loader"),
+        )
+
+
+def _refuse_leaks(made: Sequence[Record], held_out: set[str]) -> None:
+    leaks = [record for record in made if record.source in held_out]
+    if leaks:
+        raise ValueError(
+            f"synthetic sample '{leaks[0].id}' ({next(iter(leaks[0].files.values()))}) is derived from the validation "
+            f"or test case '{leaks[0].source}', as are {len(leaks) - 1} others: training on it would spoil the test. "
+            "Generate from this split's training cases (same fractions and split_seed), or remove these samples."
         )

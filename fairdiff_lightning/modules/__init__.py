@@ -1,7 +1,17 @@
 """LightningModules, one file for each method."""
 
 from fairdiff_lightning.modules.dmoe_segmenter import DMoESegmenter
-from fairdiff_lightning.modules.schedules import PolynomialDecay, WarmupCosine
+from fairdiff_lightning.modules.generative import GenerativeModule
+from fairdiff_lightning.modules.point_diffusion import PointDiffusion
+from fairdiff_lightning.modules.schedules import LinearDecay, PolynomialDecay, WarmupCosine
 from fairdiff_lightning.modules.segmenter import Segmenter
 
-__all__ = ["DMoESegmenter", "PolynomialDecay", "Segmenter", "WarmupCosine"]
+__all__ = [
+    "DMoESegmenter",
+    "GenerativeModule",
+    "LinearDecay",
+    "PointDiffusion",
+    "PolynomialDecay",
+    "Segmenter",
+    "WarmupCosine",
+]

@@ -14,7 +14,7 @@ from fairdiff_lightning.data.sample import Sample
 from fairdiff_lightning.data.seeding import derive_seed
 from fairdiff_lightning.modules.optimization import configure
 
-CARRIED = ("id", "attributes", "seed", "source")
+CARRIED = ("id", "attributes", "seed", "source", "condition")
 """What a generated sample takes over from its request."""
 
 

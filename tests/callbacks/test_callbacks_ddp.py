@@ -5,8 +5,10 @@ import sys
 from pathlib import Path
 
 from callback_fakes import Data, Foreign, sample, trainer
+from test_synthetic_dataset_writer import Painter, content, rows
 
-from fairdiff_lightning.callbacks import FairnessReport, PredictionWriter
+from fairdiff_lightning.callbacks import FairnessReport, PredictionWriter, SyntheticDatasetWriter
+from fairdiff_lightning.data import FairSegDataModule, GenerationPlan
 
 SAMPLES = [sample(f"s{i}", i % 3 - 1, (i / 10, 1 - i / 20)) for i in range(7)]
 """An odd number: the sampler repeats one of them for the second process."""
@@ -17,6 +19,9 @@ def run(folder, **arguments):
     both = trainer(folder, *callbacks, **arguments)
     both.test(Foreign(), Data(SAMPLES), verbose=False)
     both.predict(Foreign(), Data(SAMPLES), return_predictions=False)
+    plan = FairSegDataModule(image_size=(12, 16), batch_size=4, generate=GenerationPlan(total=13, masks="train"))
+    generating = trainer(folder, SyntheticDatasetWriter(str(folder / "made")), **arguments)
+    generating.predict(Painter(), plan, return_predictions=False)
 
 
 def test_two_processes_report_and_write_what_one_does(tmp_path):
@@ -31,6 +36,9 @@ def test_two_processes_report_and_write_what_one_does(tmp_path):
     for folder in (one, two):
         with (folder / "masks" / "manifest.csv").open(newline="") as stream:
             assert [row["id"] for row in csv.DictReader(stream)] == [f"s{i}" for i in range(7)]
+    assert content(one / "made") == content(two / "made")
+    assert rows(one / "made") == rows(two / "made")
+    assert len(rows(two / "made")) == 13
     assert {path.name for path in (two / "masks").iterdir()} == {path.name for path in (one / "masks").iterdir()}
 
 

@@ -10,6 +10,8 @@ from torch.utils.data import DataLoader
 from fairdiff_lightning.data import HAM10000, SegmentationDataset, collate
 from fairdiff_lightning.data.cache import ArrayCache, DiskAllocator, NoCache, allocate_in_memory, fingerprint
 
+LAYOUT = {"images": ((1, 2, 2), np.uint8), "masks": ((2, 2), np.uint8)}
+
 
 class Counting(HAM10000):
     """Counts how often a file is decoded."""
@@ -92,11 +94,11 @@ def test_a_sample_that_was_half_written_is_never_read(tmp_path):
     def dies(_):
         raise KeyboardInterrupt
 
-    cache = ArrayCache(DiskAllocator(tmp_path), 2, (1, 2, 2), np.dtype(np.uint8), (2, 2))
+    cache = ArrayCache(DiskAllocator(tmp_path), 2, LAYOUT)
     with pytest.raises(KeyboardInterrupt):
         cache.get(0, dies)
     whole = (np.ones((1, 2, 2), np.uint8), np.ones((2, 2), np.uint8))
-    again = ArrayCache(DiskAllocator(tmp_path), 2, (1, 2, 2), np.dtype(np.uint8), (2, 2))
+    again = ArrayCache(DiskAllocator(tmp_path), 2, LAYOUT)
     assert again.get(0, lambda _: whole)[0].all()
 
 
@@ -117,7 +119,7 @@ def test_a_full_disk_costs_the_cache_not_the_run(records, monkeypatch):
 def test_a_pickled_memory_cache_starts_anew():
     import pickle
 
-    cache = ArrayCache(allocate_in_memory, 3, (1, 2, 2), np.dtype(np.float32), (2, 2))
-    cache.get(1, lambda _: (np.full((1, 2, 2), 0.5), np.ones((2, 2))))
+    cache = ArrayCache(allocate_in_memory, 3, LAYOUT)
+    cache.get(1, lambda _: (np.full((1, 2, 2), 5), np.ones((2, 2))))
     copy = pickle.loads(pickle.dumps(cache))
     assert (cache.filled.tolist(), copy.filled.tolist()) == ([0, 1, 0], [0, 0, 0])

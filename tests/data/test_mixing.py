@@ -84,3 +84,30 @@ def test_no_balance_takes_everything_and_refuses_a_total():
     assert mix(real, synthetic, "none", "race", GROUPS, None, seed=0) == [*real, *synthetic]
     with pytest.raises(ValueError, match="total=9"):
         mix(real, synthetic, "none", "race", GROUPS, 9, seed=0)
+
+
+def test_repeat_sample_draws_equal_blocks_with_replacement():
+    real = records({0: 4, 1: 10, 2: 300})
+    mixed = mix(real, [], "repeat_sample", "race", GROUPS, None, seed=0)
+    assert Counter(r.attributes["race"] for r in mixed) == {0: 300, 1: 300, 2: 300}
+    distinct = len({r.id for r in mixed if r.attributes["race"] == 2})
+    assert distinct == pytest.approx(300 * (1 - 2.718281828**-1), abs=25)
+
+
+def test_natural_scale_keeps_a_quarter_real_in_natural_shares():
+    real = records({0: 75, 1: 120, 2: 605, -1: 50})
+    synthetic = records(dict.fromkeys(GROUPS, 900), synthetic=True)
+    mixed = mix(real, synthetic, "natural_scale", "race", GROUPS, 2400, seed=0)
+    assert Counter(r.attributes["race"] for r in mixed) == {0: 800, 1: 800, 2: 800}
+    drawn = Counter(r.attributes["race"] for r in mixed if not r.synthetic)
+    assert drawn.total() == 600
+    assert drawn[2] == pytest.approx(600 * 605 / 800, abs=45)
+    assert max(Counter(r.id for r in mixed if not r.synthetic).values()) > 1
+
+
+def test_the_unknown_group_is_balanced_only_when_asked():
+    real, synthetic = records({0: 4, 1: 6, 2: 9, -1: 5}), records(dict.fromkeys((-1, 0, 1, 2), 9), synthetic=True)
+    without = mix(real, synthetic, "equal_scale", "race", GROUPS, 24, seed=0)
+    assert Counter(r.attributes["race"] for r in without) == {0: 8, 1: 8, 2: 8}
+    asked = mix(real, synthetic, "equal_scale", "race", GROUPS | {-1: "unknown"}, 24, seed=0)
+    assert Counter(r.attributes["race"] for r in asked) == {0: 6, 1: 6, 2: 6, -1: 6}

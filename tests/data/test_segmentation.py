@@ -11,6 +11,7 @@ from fairdiff_lightning.data import (
     InvalidSampleError,
     validate,
 )
+from fairdiff_lightning.geometry import mask_to_points
 
 
 @pytest.fixture(autouse=True)
@@ -134,13 +135,44 @@ def test_synthetic_folders_are_read_by_the_same_reader_for_training_only(tmp_pat
     assert not batch["synthetic"].all()
 
 
-def test_synthetic_samples_of_test_cases_are_left_out(tmp_path):
-    test_id = ready().splits["test"][0].id
-    write_folder(tmp_path, [0] * 3, source_id=test_id)
+@pytest.mark.parametrize("part", ["val", "test"])
+def test_synthetic_samples_of_held_out_cases_are_refused_by_name(tmp_path, part):
+    held_out = ready().splits[part][0].id
+    write_folder(tmp_path, [0] * 3, source_id=held_out)
     write_folder(tmp_path, [0] * 2, start=3)
-    with pytest.warns(UserWarning, match="3 synthetic samples are derived"):
-        data = ready(synthetic=[str(tmp_path)], race_codes="public")
-    assert sum(r.synthetic for r in data.splits["train"]) == 2
+    with pytest.raises(ValueError, match=rf"'.*syn_00000' .* test case '{held_out}', as are 2 others"):
+        ready(synthetic=[str(tmp_path)], race_codes="public")
+
+
+def test_synthetic_samples_of_training_cases_are_welcome(tmp_path):
+    write_folder(tmp_path, [0] * 3, source_id=ready().splits["train"][0].id)
+    data = ready(synthetic=[str(tmp_path)], race_codes="public")
+    assert sum(r.synthetic for r in data.splits["train"]) == 3
+
+
+def test_samples_carry_the_outline_of_their_mask():
+    data = ready(num_points=64)
+    for _ in range(2):  # decoded, and from the cache
+        batch = next(iter(data.val_dataloader()))
+        assert batch["points"].shape == (len(batch["id"]), 64, 3)
+        assert batch["points"].dtype == torch.float32
+        for points, mask in zip(batch["points"], batch["mask"], strict=True):
+            torch.testing.assert_close(points, mask_to_points(mask[0], 64))
+    assert data.augmentation is None
+
+
+def test_a_mask_without_a_structure_is_named_or_left_out(tmp_path):
+    write_folder(tmp_path, [0, 1] * 6)  # a rim, no cup
+    cup = np.zeros((12, 16), np.int8)
+    cup[2:10, 2:10], cup[4:8, 4:8] = -1, -2
+    for i in range(20, 32):
+        np.savez(tmp_path / f"cup_{i}.npz", slo_fundus=np.full((12, 16), 9.0), disc_cup_mask=cup, race=1)
+    arguments = {"root": str(tmp_path), "race_codes": "public", "num_points": 16}
+    with pytest.raises(InvalidSampleError, match=r"syn_0.*cup"):
+        list(ready(**arguments).train_dataloader())
+    with pytest.warns(UserWarning, match="12 unreadable, the first: .*syn_00000"):
+        data = ready(**arguments, on_error="skip")
+    assert sum(map(len, data.splits.values())) == 12
 
 
 def test_two_synthetic_folders_of_one_name_stay_apart(tmp_path):

@@ -1,0 +1,64 @@
+"""Pictures of what a generator makes, beside the real samples of the same groups, while training goes on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from fairdiff_lightning.callbacks.figures import class_colours, log_figure, picture_grid
+from fairdiff_lightning.callbacks.step_outputs import require_keys
+
+_OUTPUTS = {"generated": "a batch of generated samples for the first samples of the batch, or None"}
+
+
+class GeneratedGrid(Callback):
+    """Logs real and generated samples of the first validation batch as ``val/generated``, a column for each.
+
+    Works with any LightningModule whose ``validation_step`` returns a dict with ``generated``: None, or ``image``
+    (N, C, H, W) in [0, 1] and ``mask`` (N, 1, H, W), or one of them, made for the first N samples of the batch. Columns
+    are named after the group of ``pl_module.attribute``.
+
+    Args:
+        num_samples: columns of the grid, at most.
+        every_n_epochs: logs in epochs 0, n, 2 n and so on.
+    """
+
+    def __init__(self, num_samples: int = 8, every_n_epochs: int = 1) -> None:
+        self.num_samples, self.every_n_epochs = num_samples, every_n_epochs
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Log the first batch of the first process."""
+        first = batch_idx == 0 and dataloader_idx == 0 and trainer.is_global_zero
+        if not first or trainer.sanity_checking or trainer.current_epoch % self.every_n_epochs:
+            return
+        made = require_keys(outputs, _OUTPUTS, f"{type(pl_module).__name__}.validation_step", self)["generated"]
+        if made is None:
+            return
+        count = min(self.num_samples, len(made["id"]))
+        rows = {}
+        for label, samples in (("real", batch), ("generated", made)):
+            if "image" in made:
+                rows[label] = [image.detach().float().cpu() for image in samples["image"][:count]]
+            if "mask" in made and (label == "real" or "image" not in made):
+                rows[f"{label} mask"] = [class_colours(mask.cpu()) for mask in samples["mask"][:count]]
+        log_figure(
+            trainer, "val/generated", picture_grid(rows, _titles(trainer, pl_module, batch, count)), trainer.global_step
+        )
+
+
+def _titles(trainer: Trainer, pl_module: LightningModule, batch: Any, count: int) -> list[str]:
+    attribute: Any = getattr(pl_module, "attribute", None)
+    if attribute is None:
+        return [""] * count
+    names = getattr(getattr(trainer, "datamodule", None), "attribute_groups", {}).get(attribute, ())
+    groups = batch["attributes"][attribute][:count].tolist()
+    return ["unknown" if g < 0 else names[g] if g < len(names) else f"group {g}" for g in groups]

@@ -1,0 +1,69 @@
+import numpy as np
+import pytest
+import torch
+from callback_fakes import Data, Foreign, sample, trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from matplotlib.colors import to_rgb
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from fairdiff_lightning.callbacks import GeneratedGrid
+from fairdiff_lightning.callbacks.figures import PALETTE, class_colours, picture_grid
+
+SAMPLES = [sample(f"s{i}", race, (0.5, 0.5)) for i, race in enumerate((0, 1, -1, 2, 0))]
+
+
+class Generator(Foreign):
+    attribute = "race"
+
+    def __init__(self, *keys, count=3):
+        super().__init__()
+        self.keys, self.count = keys, count
+
+    def validation_step(self, batch, batch_idx):
+        if batch_idx:
+            return {"generated": None}
+        made = {"image": batch["image"] * 0.5, "mask": batch["mask"]}
+        return {"generated": {"id": batch["id"][: self.count]} | {k: made[k][: self.count] for k in self.keys}}
+
+
+def logged(folder, module):
+    run = trainer(folder, GeneratedGrid(num_samples=4), logger=TensorBoardLogger(folder))
+    run.validate(module, Data(SAMPLES, batch_size=4), verbose=False)
+    events = EventAccumulator(run.log_dir).Reload()
+    return events.Images("val/generated") if "val/generated" in events.Tags()["images"] else []
+
+
+@pytest.mark.parametrize(("keys", "rows"), [(("image", "mask"), 3), (("image",), 2), (("mask",), 2)])
+def test_one_picture_of_the_first_batch(tmp_path, keys, rows, monkeypatch):
+    from fairdiff_lightning.callbacks import generated_grid
+
+    drawn = []
+    monkeypatch.setattr(generated_grid, "picture_grid", lambda *a: drawn.append(a) or picture_grid(*a))
+    (picture,) = logged(tmp_path, Generator(*keys))
+    assert (picture.width, picture.height) > (100, 50)
+    ((lines, titles),) = drawn
+    assert titles == ["Asian", "Black", "unknown"]
+    assert len(lines) == rows
+    assert all(len(pictures) == 3 for pictures in lines.values())
+    if "image" in keys:
+        torch.testing.assert_close(lines["generated"][1], SAMPLES[1]["image"] * 0.5)
+
+
+def test_nothing_generated_nothing_drawn(tmp_path):
+    class Silent(Foreign):
+        def validation_step(self, batch, batch_idx):
+            return {"generated": None}
+
+    assert logged(tmp_path, Silent()) == []
+
+
+def test_a_module_that_generates_nothing_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"Foreign.validation_step gave .*Missing: 'generated'"):
+        logged(tmp_path, Foreign())
+
+
+def test_classes_have_colours_and_the_background_is_white():
+    painted = class_colours(torch.tensor([[[0, 1], [2, len(PALETTE) + 1]]]))
+    assert painted.shape == (3, 2, 2)
+    expected = [[to_rgb("white"), to_rgb(PALETTE[0])], [to_rgb(PALETTE[1]), to_rgb(PALETTE[0])]]
+    assert np.allclose(painted.transpose(1, 2, 0), expected)

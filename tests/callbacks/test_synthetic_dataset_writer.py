@@ -1,0 +1,203 @@
+"""A generator whose images and masks are a function of the request's seed, so that every file can be checked."""
+
+import csv
+import hashlib
+
+import numpy as np
+import pytest
+import torch
+from callback_fakes import trainer
+
+from fairdiff_lightning.callbacks import SyntheticDatasetWriter
+from fairdiff_lightning.callbacks.manifest import Manifest
+from fairdiff_lightning.data import FairSeg, FairSegDataModule, GenerationPlan, HAM10000DataModule
+from fairdiff_lightning.diffusion import gaussian, generators
+from fairdiff_lightning.modules import GenerativeModule
+
+
+class Painter(GenerativeModule):
+    def __init__(self, channels=1, brightness=0.5, masks_only=False, dies_after=None):
+        super().__init__(torch.optim.SGD, None, "step", 0)
+        self.save_hyperparameters(ignore=["dies_after"])
+        self.weight = torch.nn.Parameter(torch.ones(1))
+        self.dies_after, self.batches = dies_after, []
+
+    def losses(self, batch):
+        return {"loss": self.weight.sum()}
+
+    def generate(self, requests):
+        if self.dies_after is not None and len(self.batches) == self.dies_after:
+            raise RuntimeError("power cut")
+        self.batches.append(list(requests["id"]))
+        random = generators(requests["seed"])
+        size = len(random)
+        noise = gaussian(torch.empty(size, self.hparams["channels"], 12, 16), random)
+        disc = torch.zeros(size, 1, 12, 16, dtype=torch.int64)
+        disc[:, :, 2:10, 2:12] = 1
+        mask = requests.get("mask", disc)
+        image = (self.hparams["brightness"] + 0.1 * noise).clamp(0, 1)
+        return {"mask": mask} if self.hparams["masks_only"] else {"image": image, "mask": mask}
+
+
+def predict(folder, module, plan, batch_size=4, data_class=FairSegDataModule, **arguments):
+    data = data_class(image_size=(12, 16), batch_size=batch_size, generate=plan, **arguments)
+    run = trainer(folder, SyntheticDatasetWriter(str(folder)))
+    run.predict(module, data, return_predictions=False)
+    return folder
+
+
+def rows(folder):
+    with (folder / "manifest.csv").open(newline="") as stream:
+        return {row["id"]: row for row in csv.DictReader(stream)}
+
+
+def content(folder):
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.rglob("*.npz"))}
+
+
+def arrays(path):
+    with np.load(path) as archive:
+        return {key: archive[key] for key in archive.files}
+
+
+def test_samples_read_back_and_are_listed_with_where_they_come_from(tmp_path):
+    predict(tmp_path, Painter(), GenerationPlan(per_group=3, masks="train", seed=5))
+    listed = rows(tmp_path)
+    assert list(listed) == [f"synthetic_{g}_{i:05d}" for g in ("Asian", "Black", "White") for i in range(3)]
+    index = {r.id: r for r in FairSeg().index(tmp_path).records}
+    assert index.keys() == listed.keys()
+    for name, row in listed.items():
+        record = index[name]
+        assert record.synthetic
+        assert record.source == row["source"] == row["condition"]
+        assert FairSeg().attributes["race"].groups[record.attributes["race"]] == row["race"]
+        assert (row["generator"], row["checkpoint"]) == ("Painter", "none")
+        assert (tmp_path / row["config"]).read_text().count("brightness") == 1
+        noise = torch.randn(1, 1, 12, 16, generator=torch.Generator().manual_seed(int(row["seed"])))
+        expected = (0.5 + 0.1 * noise[0, 0]).clamp(0, 1).mul(255).round().numpy()
+        assert np.array_equal(arrays(tmp_path / row["file"])["slo_fundus"], expected)
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_killed_run_goes_on_and_ends_with_the_same_files(tmp_path):
+    plan = GenerationPlan(total=11, seed=2)
+    whole = predict(tmp_path / "whole", Painter(), plan)
+    with pytest.raises(RuntimeError, match="power cut"):
+        predict(tmp_path / "killed", Painter(dies_after=2), plan)
+    assert len(content(tmp_path / "killed")) == 8
+    assert not (tmp_path / "killed" / "manifest.csv").exists()
+    (unlisted,) = (tmp_path / "killed").glob(".manifest-0.csv")
+    lines = unlisted.read_text().splitlines(keepends=True)
+    unlisted.write_text("".join(lines[:6]) + lines[6][:20])  # the kill fell into a write of the table
+    second = Painter()
+    predict(tmp_path / "killed", second, plan)
+    assert content(tmp_path / "killed") == content(whole)
+    assert rows(tmp_path / "killed") == rows(whole)
+    assert [len(batch) for batch in second.batches] == [4, 3]
+
+
+def test_a_run_killed_before_its_last_line_of_work_is_finished(tmp_path):
+    plan = GenerationPlan(total=4)
+    whole = rows(predict(tmp_path / "whole", Painter(), plan))
+    folder = predict(tmp_path / "killed", Painter(), plan)
+    lines = (folder / "manifest.csv").read_text().splitlines(keepends=True)
+    (folder / ".manifest-0.csv").write_text("".join(lines[1:]))
+    (folder / "manifest.csv").unlink()
+    again = Painter()
+    assert rows(predict(folder, again, plan)) == whole
+    assert again.batches == []
+
+
+def test_a_finished_folder_is_left_as_it_is(tmp_path):
+    plan = GenerationPlan(total=5)
+    predict(tmp_path, Painter(), plan)
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.glob("*.npz")}
+    again = Painter()
+    predict(tmp_path, again, plan)
+    assert again.batches == []
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.glob("*.npz")} == before
+    assert len(rows(tmp_path)) == 5
+
+
+def test_a_larger_plan_adds_to_the_folder(tmp_path):
+    predict(tmp_path, Painter(), GenerationPlan(per_group=2))
+    first = content(tmp_path)
+    predict(tmp_path, Painter(), GenerationPlan(per_group=3))
+    assert first.items() <= content(tmp_path).items()
+    assert len(rows(tmp_path)) == 9
+
+
+@pytest.mark.parametrize("batch_size", [1, 8])
+def test_samples_do_not_depend_on_the_batch(tmp_path, batch_size):
+    plan = GenerationPlan(total=9)
+    assert content(predict(tmp_path / "a", Painter(), plan)) == content(
+        predict(tmp_path / "b", Painter(), plan, batch_size)
+    )
+
+
+@pytest.mark.parametrize(
+    ("module", "plan"),
+    [(Painter(brightness=0.4), GenerationPlan(total=3)), (Painter(), GenerationPlan(total=3, seed=1))],
+)
+def test_a_folder_of_another_generator_or_seed_is_refused(tmp_path, module, plan):
+    predict(tmp_path, Painter(), GenerationPlan(total=3))
+    with pytest.raises(ValueError, match=r"holds 'synthetic_Asian_00000' of seed \d+ by Painter.*another output_dir"):
+        predict(tmp_path, module, plan)
+    assert len(rows(tmp_path)) == 3
+
+
+def test_the_checkpoint_is_listed_by_its_hash_and_another_one_is_refused(tmp_path):
+    plan = GenerationPlan(total=3)
+    run = trainer(tmp_path)
+    checkpoints = []
+    for i in range(2):
+        module = Painter()
+        torch.nn.init.constant_(module.weight, i)
+        run.strategy.connect(module)
+        run.save_checkpoint(tmp_path / f"{i}.ckpt")
+        checkpoints.append(tmp_path / f"{i}.ckpt")
+    for path in checkpoints:
+        data = FairSegDataModule(image_size=(12, 16), batch_size=4, generate=plan)
+        writing = trainer(tmp_path, SyntheticDatasetWriter(str(tmp_path / "made")))
+        if path == checkpoints[0]:
+            writing.predict(Painter(), data, ckpt_path=path, return_predictions=False)
+        else:
+            with pytest.raises(ValueError, match="checkpoint"):
+                writing.predict(Painter(), data, ckpt_path=path, return_predictions=False)
+    digest = hashlib.sha256(checkpoints[0].read_bytes()).hexdigest()
+    assert {row["checkpoint"] for row in rows(tmp_path / "made").values()} == {digest}
+
+
+def test_masks_of_one_generator_condition_the_next(tmp_path):
+    predict(tmp_path / "masks", Painter(masks_only=True), GenerationPlan(per_group=2))
+    plan = GenerationPlan(per_group=3, masks=str(tmp_path / "masks"))
+    predict(tmp_path / "images", Painter(), plan)
+    made = rows(tmp_path / "images")
+    assert {row["condition"] for row in made.values()} == set(rows(tmp_path / "masks"))
+    assert {row["source"] for row in made.values()} == {""}
+    data = FairSegDataModule(synthetic=[str(tmp_path / "images")], image_size=(12, 16), drop_unknown=True)
+    data.prepare_data()
+    data.setup()
+    assert sum(r.synthetic for r in data.splits["train"]) == 9
+
+
+def test_colour_images_are_written_and_read_in_their_layout(tmp_path):
+    plan = GenerationPlan(per_group=2, masks="train")
+    predict(tmp_path, Painter(channels=3), plan, data_class=HAM10000DataModule, drop_unknown=True)
+    data = HAM10000DataModule(synthetic=[str(tmp_path)], image_size=(12, 16), drop_unknown=True)
+    data.prepare_data()
+    data.setup()
+    made = [r for r in data.splits["train"] if r.synthetic]
+    assert len(made) == 10
+    assert {r.source for r in made} == {row["source"] for row in rows(tmp_path).values()}
+
+
+def test_a_predict_without_a_plan_says_how_to_give_one(tmp_path):
+    with pytest.raises(ValueError, match=r"--data.generate.per_group=N"):
+        predict(tmp_path, Painter(), None)
+
+
+def test_a_table_with_other_columns_is_refused(tmp_path):
+    (tmp_path / "manifest.csv").write_text("id,file\na,b\n")
+    with pytest.raises(ValueError, match=r"columns \['id', 'file'\].*another output_dir"):
+        Manifest(tmp_path, ("id", "file", "seed")).rows()

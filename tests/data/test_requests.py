@@ -1,0 +1,166 @@
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fairdiff_lightning.data import FairSegDataModule, GenerationPlan, InvalidSampleError, Record
+from fairdiff_lightning.data.requests import RequestBatches, make_requests, read_masks
+from fairdiff_lightning.data.sample import AttributeSpec
+
+GROUPS = {0: "Asian", 1: "Black", 2: "<20"}
+REAL = {0: 4, 1: 10, 2: 31}
+
+
+def masks(counts):
+    return [Record(f"m{g}-{i}", {}, {"race": g}, f"m{g}-{i}") for g, n in counts.items() for i in range(n)]
+
+
+def made(plan, pool=None):
+    return make_requests(plan, GROUPS, REAL, pool, "race")
+
+
+def ready(**arguments):
+    data = FairSegDataModule(**({"image_size": (24, 32), "batch_size": 7} | arguments))
+    data.prepare_data()
+    data.setup()
+    return data
+
+
+@pytest.mark.parametrize(
+    ("plan", "expected"),
+    [
+        (GenerationPlan(per_group=5), {0: 5, 1: 5, 2: 5}),
+        (GenerationPlan(total=8), {0: 3, 1: 3, 2: 2}),
+        (GenerationPlan(equal_scale=True), {0: 11, 1: 5}),
+        (GenerationPlan(equal_scale=True, total=60), {0: 16, 1: 10}),
+    ],
+)
+def test_a_plan_asks_for_what_it_says(plan, expected):
+    assert Counter(request.group for request in made(plan)) == expected
+
+
+def test_equal_scale_asks_for_exactly_what_mixing_will_lack():
+    data = ready(generate=GenerationPlan(equal_scale=True, total=300))
+    asked = Counter(request.group for request in data.requests())
+    assert [n + asked[g] for g, n in enumerate(data.group_counts["race"])][:2] == [100, 100]
+    assert asked[2] == 0
+
+
+@pytest.mark.parametrize("arguments", [{}, {"per_group": 3, "total": 9}, {"per_group": 3, "equal_scale": True}])
+def test_a_plan_says_how_many_once(arguments):
+    with pytest.raises(ValueError, match="give per_group, or total, or equal_scale"):
+        GenerationPlan(**arguments)
+
+
+@settings(max_examples=30, deadline=None)
+@given(small=st.integers(1, 12), more=st.integers(0, 9), seed=st.integers(0, 5))
+def test_a_larger_plan_begins_with_the_smaller_one(small, more, seed):
+    pool = masks({0: 3, 1: 4, 2: 1})
+    first = made(GenerationPlan(per_group=small, seed=seed), pool)
+    second = {r.id: r for r in made(GenerationPlan(per_group=small + more, seed=seed), pool)}
+    assert [second[r.id] for r in first] == first
+    assert len({r.seed for r in second.values()}) == len(second)
+    assert not {r.seed for r in made(GenerationPlan(per_group=small, seed=seed + 1))} & {r.seed for r in first}
+
+
+def test_every_mask_of_a_group_is_used_before_one_is_used_again():
+    asked = made(GenerationPlan(per_group=7), masks({0: 3, 1: 7, 2: 2}))
+    used = {g: Counter(r.condition.id for r in asked if r.group == g) for g in GROUPS}
+    assert sorted(used[0].values()) == [2, 2, 3]
+    assert set(used[1].values()) == {1}
+    assert all(r.condition.attributes["race"] == r.group for r in asked)
+    firsts = {made(GenerationPlan(per_group=1, seed=s), masks({0: 9, 1: 9, 2: 9}))[0].condition.id for s in range(9)}
+    assert len(firsts) > 3
+
+
+def test_a_group_without_masks_is_named():
+    with pytest.raises(ValueError, match=r"no mask of 'race' Black in 'masks', but 2 samples"):
+        made(GenerationPlan(per_group=2, masks="masks"), masks({0: 3, 2: 3}))
+
+
+def test_ids_are_file_names_and_tell_the_group():
+    asked = [r.id for r in made(GenerationPlan(per_group=1))]
+    assert asked == ["synthetic_Asian_00000", "synthetic_Black_00000", "synthetic_below-20_00000"]
+
+
+def test_batches_keep_their_composition_when_a_part_is_done():
+    asked = made(GenerationPlan(per_group=4))
+    whole = RequestBatches(asked, 5, ["race", "sex"], dict)
+    done = frozenset(r.id for r in [*asked[:5], asked[6]])
+    rest = RequestBatches(asked, 5, ["race", "sex"], dict, done)
+    assert [len(b["id"]) for b in whole] == [5, 5, 2]
+    assert [b["id"] for b in rest] == [b["id"] for b in whole][1:]
+    assert whole[1]["attributes"]["sex"].tolist() == [-1] * 5
+    assert whole[1]["attributes"]["race"].tolist() == [1, 1, 1, 2, 2]
+    assert whole[2]["seed"].tolist() == [r.seed for r in asked[10:]]
+    assert whole[2]["seed"].dtype == torch.int64
+
+
+def test_the_loader_yields_requests_with_masks_of_training_cases_only():
+    data = ready(generate=GenerationPlan(per_group=9, masks="train"), num_workers=1)
+    by_id = {r.id: r for r in data.splits["train"]}
+    seen = Counter()
+    for batch in data.predict_dataloader():
+        assert batch["mask"].shape[1:] == (1, 24, 32)
+        for source, condition, group in zip(
+            batch["source"], batch["condition"], batch["attributes"]["race"].tolist(), strict=True
+        ):
+            assert source == condition
+            assert by_id[source].attributes["race"] == group
+            seen[group] += 1
+    assert seen == {0: 9, 1: 9, 2: 9}
+
+
+def test_training_masks_are_the_ones_that_training_sees():
+    data = ready(generate=GenerationPlan(per_group=2, masks="train"))
+    train = data._data("train")
+    position = {r.id: i for i, r in enumerate(train.records)}
+    for batch in data.predict_dataloader():
+        for condition, mask in zip(batch["condition"], batch["mask"], strict=True):
+            assert torch.equal(mask, train[position[condition]]["mask"])
+
+
+def test_data_without_attributes_have_one_group():
+    data = ready(attributes=[], generate=GenerationPlan(total=9))
+    (first, second) = data.predict_dataloader()
+    assert [*first["id"], *second["id"]] == [f"synthetic_sample_{i:05d}" for i in range(9)]
+    assert first["attributes"] == {}
+
+
+def table(folder, row):
+    folder.mkdir(exist_ok=True)
+    (folder / "a.npz").write_bytes(b"")
+    (folder / "manifest.csv").write_text("id,file,seed,race,condition,source\n" + row + "\n")
+    return folder
+
+
+SPECS = [AttributeSpec("race", ("Asian", "Black"))]
+
+
+def test_masks_are_read_from_the_table(tmp_path):
+    (record,) = read_masks(table(tmp_path / "m", "a,a.npz,1,Black,,case7"), SPECS)
+    assert (record.id, record.attributes, record.source) == ("a", {"race": 1}, "case7")
+    assert read_masks(table(tmp_path / "m", "a,a.npz,1,unknown,,"), SPECS)[0].attributes == {"race": -1}
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [("a,b.npz,1,Black,,", "missing file 'b.npz'"), ("a,a.npz,1,Green,,", "'Green'. Expected one of Asian, Black")],
+)
+def test_wrong_rows_are_named(tmp_path, row, message):
+    with pytest.raises(InvalidSampleError, match=message):
+        read_masks(table(tmp_path / "m", row), SPECS)
+
+
+def test_a_folder_without_a_table_is_refused(tmp_path):
+    with pytest.raises(InvalidSampleError, match=r"manifest.csv: no such file.*predict"):
+        ready(generate=GenerationPlan(total=3, masks=str(tmp_path))).requests()
+
+
+def test_masks_derived_from_held_out_cases_are_refused(tmp_path):
+    held_out = ready().splits["test"][0].id
+    folder = table(tmp_path / "m", f"a,a.npz,1,Black,,{held_out}")
+    with pytest.raises(ValueError, match=f"'a' .* test case '{held_out}'"):
+        ready(generate=GenerationPlan(total=3, masks=str(folder))).requests()
