@@ -1,8 +1,10 @@
-"""How fair are plain training, oversampling, FEBS, MoE and dMoE on the phantom? A table, as it comes out.
+"""How fair are plain training, oversampling, Equal Scale, FEBS, MoE and dMoE on the phantom? A table, as it comes out.
 
 ``python benchmarks/fairness_phantom.py``: every method gets the same network, optimizer and number of steps; FEBS, as
-in its paper, spends the last quarter of them fine-tuning. Scores are averaged over the seeds for each test image, and
-the intervals (95 %) resample the test images within their groups.
+in its paper, spends the last quarter of them fine-tuning. Equal Scale (FairSeg only) fills the small groups up to the
+largest with synthetic samples of one PointDiffusion and one ControlNetSynth trained here; "real masks" leaves out the
+first. Scores are averaged over the seeds for each test image, and the intervals (95 %) resample the test images within
+their groups.
 """
 
 from __future__ import annotations
@@ -10,33 +12,60 @@ from __future__ import annotations
 import argparse
 import os
 import time
-from functools import partial
 from pathlib import Path
 
-import numpy as np
-import pandas as pd
-import torch
 from timing import machine
-from torch import Tensor
 
+from fairdiff_lightning.callbacks.comparison import compare_runs
 from fairdiff_lightning.cli import main, newest_checkpoint
-from fairdiff_lightning.metrics.functional import bootstrap_interval, equity_scaled, group_means, worst_group
+from fairdiff_lightning.data import HAM10000, FairSeg
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "demo"
 QUIET = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
+TOTAL = 477  # thrice the largest group's training samples: nothing real is left out
+EQUAL_SCALE = ["plain", "--data.init_args.balance=equal_scale", f"--data.init_args.total={TOTAL}"]
 ARGUMENTS = {
     "plain": ["plain"],
     "oversampled": ["plain", "--data.init_args.balance=oversample"],
     "FEBS": ["plain", "--model.init_args.loss=febs"],
     "MoE": ["dmoe", "--model.init_args.routing=shared"],
     "dMoE": ["dmoe"],
+    "Equal Scale": EQUAL_SCALE,
+    "Equal Scale, real masks": EQUAL_SCALE,
+    "Equal Scale, dMoE": ["dmoe", *EQUAL_SCALE[1:]],
 }
 ATTRIBUTES = {"fairseg": "race", "ham10000": "age"}
+DATASETS = {"fairseg": FairSeg, "ham10000": HAM10000}
 
 
-def train_and_test(dataset: str, method: str, seed: int, steps: int, folder: Path) -> pd.DataFrame:
-    """Scores of every test image, indexed by id."""
+def generate(folder: Path) -> dict[str, Path]:
+    """Train both generators and make what the groups lack; method -> folder of its synthetic samples."""
+    points, controlnet = (
+        ["--config", str(CONFIGS / f"fairseg_{name}.yaml"), *QUIET] for name in ("points", "controlnet")
+    )
+    plan = ["--data.generate.equal_scale=true", f"--data.generate.total={TOTAL}", "--ckpt_path=last"]
+    at = {name: f"--trainer.default_root_dir={folder / name}" for name in ("points", "controlnet", "real_masks")}
+    masks = folder / "points" / "synthetic"
+    main(["fit", *points, at["points"]])
+    main(["predict", *points, at["points"], *plan])
+    main(["fit", *controlnet, at["controlnet"]])
+    main(["predict", *controlnet, at["controlnet"], *plan, f"--data.generate.masks={masks}"])
+    plan[-1] = f"--ckpt_path={newest_checkpoint(folder / 'controlnet', 'last')}"
+    main(["predict", *controlnet, at["real_masks"], *plan, "--data.generate.masks=train"])
+    made = folder / "controlnet" / "synthetic"
+    return {
+        "Equal Scale": made,
+        "Equal Scale, dMoE": made,
+        "Equal Scale, real masks": folder / "real_masks" / "synthetic",
+    }
+
+
+def train_and_test(
+    dataset: str, method: str, seed: int, steps: int, folder: Path, synthetic: Path | None = None
+) -> Path:
+    """The table with the scores of every test image."""
     kind, *extra = ARGUMENTS[method]
+    extra += [f"--data.init_args.synthetic=[{synthetic}]"] if synthetic else []
     common = ["--config", str(CONFIGS / f"{dataset}_{kind}.yaml"), f"--seed_everything={seed}", *QUIET]
     common += [f"--data.init_args.seed={seed}", f"--trainer.default_root_dir={folder}"]
     length = [f"--trainer.max_steps={steps}", "--trainer.max_epochs=-1"]
@@ -49,55 +78,31 @@ def train_and_test(dataset: str, method: str, seed: int, steps: int, folder: Pat
         extra += ["--model.init_args.optimizer.lr=0.0005"]
     main(["fit", *common, *extra, *length])
     main(["test", *common, *extra, "--ckpt_path", str(newest_checkpoint(folder, "last")), "--verbose=false"])
-    newest = max(folder.rglob("cases.csv"), key=lambda path: path.stat().st_mtime)
-    return pd.read_csv(newest, index_col="id")
-
-
-def summary(tables: list[pd.DataFrame], attribute: str, names: list[str]) -> list[str]:
-    """Dice, worst group and ES-Dice, each with its interval, then the mean Dice of each group."""
-    columns = [c for c in tables[0].columns if c.startswith("dice_")]
-    scores = torch.from_numpy(np.mean([table[columns].to_numpy() for table in tables], axis=0))
-    group = torch.tensor([names.index(g) if g in names else -1 for g in tables[0][attribute]])
-    means = partial(group_means, num_groups=len(names))
-
-    def dice(scores: Tensor, group: Tensor) -> Tensor:
-        return scores.nanmean(0).mean(0)
-
-    def worst(scores: Tensor, group: Tensor) -> Tensor:
-        return worst_group(means(scores, group).mean(1))
-
-    def es_dice(scores: Tensor, group: Tensor) -> Tensor:
-        return equity_scaled(scores.nanmean(0), means(scores, group)).mean(0)
-
-    cells = []
-    for statistic in (dice, worst, es_dice):
-        low, high = bootstrap_interval(scores, group, statistic)
-        cells.append(f"{float(statistic(scores[..., None], group)[0]):.3f} [{float(low):.3f}, {float(high):.3f}]")
-    return cells + [f"{float(mean):.3f}" for mean in means(scores, group).mean(1)]
+    return max(folder.rglob("cases.csv"), key=lambda path: path.stat().st_mtime)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dataset", choices=sorted(ATTRIBUTES), default="fairseg")
+    parser.add_argument("--methods", nargs="+", choices=list(ARGUMENTS), default=list(ARGUMENTS))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--folder", type=Path, default=Path("runs") / "fairness_phantom")
     args = parser.parse_args()
     os.environ.setdefault("PYTHONWARNINGS", "ignore")
     attribute = ATTRIBUTES[args.dataset]
-    from fairdiff_lightning.data import HAM10000, FairSeg
-
-    names = list({"fairseg": FairSeg, "ham10000": HAM10000}[args.dataset]().attributes[attribute].groups)
-    start, lines = time.time(), []
-    for method in ARGUMENTS:
-        tables = [
-            train_and_test(args.dataset, method, seed, args.steps, args.folder / args.dataset / method / str(seed))
+    names = DATASETS[args.dataset]().attributes[attribute].groups
+    start, folder = time.time(), args.folder / args.dataset
+    needs_synthetic = [m for m in args.methods if m.startswith("Equal Scale") and args.dataset == "fairseg"]
+    synthetic = generate(folder / "generators") if needs_synthetic else {}
+    methods = [m for m in args.methods if m in synthetic or not m.startswith("Equal Scale")]
+    cases: dict[str, list[Path]] = {}
+    for method in methods:
+        cases[method] = [
+            train_and_test(args.dataset, method, seed, args.steps, folder / method / str(seed), synthetic.get(method))
             for seed in range(args.seeds)
         ]
-        lines.append(f"| {method} | " + " | ".join(summary(tables, attribute, names)) + " |")
-        print(lines[-1], flush=True)
+        print(compare_runs(cases, attribute, names).markdown().splitlines()[-1], flush=True)
     setting = f"{args.dataset} phantom, {args.seeds} seeds, {args.steps} steps each"
     print(f"\n{machine()}; {setting}, {time.time() - start:.0f} s\n")
-    print("| method | Dice | worst group | ES-Dice | " + " | ".join(names) + " |")
-    print("|---" * (4 + len(names)) + "|")
-    print("\n".join(lines))
+    print(compare_runs(cases, attribute, names).markdown())

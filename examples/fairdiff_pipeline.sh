@@ -1,0 +1,80 @@
+#!/usr/bin/env bash
+# FairDiff from an unbalanced data set to a fairer segmenter, and what it was worth. On the phantom, in minutes:
+#
+#   bash examples/fairdiff_pipeline.sh
+#
+# On your own data in FairSeg's layout, at full size (days on a GPU):
+#
+#   DATA=/data/fairseg KIND=fairseg TOTAL=15000 bash examples/fairdiff_pipeline.sh
+#
+# A run that was killed goes on where it stopped when the same command is repeated.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+DATA=${DATA:-}                  # folder with the .npz files; empty: the phantom
+KIND=${KIND:-demo}              # demo or fairseg: which configurations
+TOTAL=${TOTAL:-}                # size of the Equal-Scale set; empty: as many as there are real training samples
+STEPS=${STEPS:-}                # training steps of each segmenter; empty: as the configuration says
+OUT=${OUT:-runs/fairdiff}
+
+case $KIND in
+  demo) points=configs/demo/fairseg_points.yaml controlnet=configs/demo/fairseg_controlnet.yaml
+        segmenter=configs/demo/fairseg_plain.yaml ;;
+  fairseg) points=configs/fairseg/point_diffusion.yaml controlnet=configs/fairseg/controlnet.yaml
+        segmenter=configs/fairseg/transunet.yaml ;;
+  *) echo "KIND=$KIND; expected is demo or fairseg." >&2; exit 2 ;;
+esac
+data=(${DATA:+"--data.root=$DATA"})
+steps=(${STEPS:+"--trainer.max_steps=$STEPS" --trainer.max_epochs=-1})
+quiet=(--trainer.enable_progress_bar=false --trainer.enable_model_summary=false)
+scale=(--data.generate.equal_scale=true ${TOTAL:+"--data.generate.total=$TOTAL"})
+start=$SECONDS
+
+say() { printf '\n== %s (%d s)\n' "$1" $((SECONDS - start)); }
+
+checkpoint() { find "$1" -name "$2.ckpt" -printf '%T@ %p\n' 2>/dev/null | sort -n | tail -n 1 | cut -d' ' -f2-; }
+
+train() { # folder, arguments: begins, or goes on from the last checkpoint
+  local folder=$1; shift
+  local last; last=$(checkpoint "$folder" last)
+  fairdiff fit "$@" "${data[@]}" "${quiet[@]}" "--trainer.default_root_dir=$folder" ${last:+"--ckpt_path=$last"}
+}
+
+generate() { # folder, arguments: samples that exist are not made again
+  local folder=$1; shift
+  fairdiff predict "$@" "${data[@]}" "${quiet[@]}" "${scale[@]}" "--trainer.default_root_dir=$folder" --ckpt_path=last
+  echo "$(($(wc -l < "$folder/synthetic/manifest.csv") - 1)) samples in $folder/synthetic"
+}
+
+segment() { # name, arguments
+  local folder=$OUT/$1; shift
+  train "$folder" --config "$segmenter" "${steps[@]}" "$@"
+  fairdiff test --config "$segmenter" "${data[@]}" "${quiet[@]}" "--trainer.default_root_dir=$folder" --ckpt_path=last --verbose=false
+}
+
+say "1/7 a segmenter on the real samples alone"
+segment real
+
+say "2/7 a segmenter on the real samples, small groups repeated"
+segment oversampled --data.balance=oversample
+
+say "3/7 point diffusion on the outlines of the masks"
+train "$OUT/points" --config "$points"
+
+say "4/7 masks for the groups that lack them"
+generate "$OUT/points" --config "$points"
+
+say "5/7 ControlNet from masks to images"
+train "$OUT/controlnet" --config "$controlnet" "--model.adherence=$(checkpoint "$OUT/real" last)"
+
+say "6/7 images for these masks"
+generate "$OUT/controlnet" --config "$controlnet" "--data.generate.masks=$OUT/points/synthetic"
+
+say "7/7 a segmenter on the Equal-Scale set"
+segment equal_scale --data.balance=equal_scale "--data.synthetic=[$OUT/controlnet/synthetic]" ${TOTAL:+"--data.total=$TOTAL"}
+
+say "what it was worth"
+python examples/show_synthetic.py "$OUT/controlnet/synthetic" --output "$OUT/samples.png" ${DATA:+"--root=$DATA"}
+python examples/compare_runs.py "real only=$OUT/real" "oversampled=$OUT/oversampled" "Equal Scale=$OUT/equal_scale" \
+  --output "$OUT/comparison.md"
+echo "Table: $OUT/comparison.md   picture: $OUT/samples.png   reports: $OUT/*/lightning_logs/*/fairness/report.html"

@@ -1,0 +1,49 @@
+"""Draws real samples, masks and the synthetic samples that follow them, two of each group, into a picture.
+
+``python examples/show_synthetic.py runs/fairdiff/controlnet/synthetic --output runs/fairdiff/samples.png``
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from fairdiff_lightning.callbacks.figures import class_colours, picture_grid
+from fairdiff_lightning.data import FairSegDataModule, SegmentationDataset
+from fairdiff_lightning.data.native import Record, atomic_path
+
+
+def main(synthetic: str, output: str, root: str | None = None, attribute: str = "race", per_group: int = 2) -> None:
+    """Draw ``per_group`` columns for each group that has synthetic samples."""
+    data = FairSegDataModule(root, [attribute], synthetic=[synthetic])
+    data.prepare_data()
+    data.setup()
+
+    def pick(made: bool) -> dict[int, list[Record]]:
+        records = [r for r in data.splits["train"] if r.synthetic == made]
+        return {g: [r for r in records if r.attributes[attribute] == g][:per_group] for g in range(len(names))}
+
+    names = data.attribute_groups[attribute]
+    real, made = pick(made=False), pick(made=True)
+    pairs = [(a, b) for g in range(len(names)) for a, b in zip(real[g], made[g], strict=False)]
+    size = data.dataset.read_mask(pairs[0][1]).shape
+    frame = (size[0], size[1])
+    left, right = (
+        SegmentationDataset(data.dataset, side, [attribute], frame, data.crop) for side in zip(*pairs, strict=True)
+    )
+    rows = {
+        "real": [sample["image"] for sample in left],
+        "mask": [class_colours(sample["mask"]) for sample in right],
+        "synthetic": [sample["image"] for sample in right],
+    }
+    with atomic_path(Path(output)) as path:
+        picture_grid(rows, [names[int(sample["attributes"][attribute])] for sample in right]).savefig(path, dpi=160)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("synthetic", help="folder of synthetic samples")
+    parser.add_argument("--output", required=True, help="picture to write, .png")
+    parser.add_argument("--root", help="folder of the real data; the phantom when left out")
+    parser.add_argument("--attribute", default="race")
+    main(**vars(parser.parse_args()))
