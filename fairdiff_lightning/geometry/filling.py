@@ -18,9 +18,11 @@ NUM_RAYS = 1024
 """Directions in which an outline's radius is known, hence vertices of its polygon."""
 MIN_DENSE = 32
 """Points of a structure from which noise and outliers can be told from its shape."""
-MEDIAN_STEPS = 8
 OUTLIER_DEVIATIONS, OUTLIER_RADIUS = 6.0, 0.1
+"""An outlier is off by more than both: robust standard deviations of the radii, and a share of the median radius."""
 NOISE_FACTOR = 3.0
+"""Noise power taken from each harmonic, in units of its mean: pure noise exceeds three with probability exp(-3)."""
+MEDIAN_STEPS = 8
 
 
 def points_to_mask(
@@ -75,8 +77,8 @@ def points_to_masks(
     """
     if method not in get_args(DecodeMethod):
         raise ValueError(f"method must be one of {get_args(DecodeMethod)}, but is {method!r}.")
-    if points.ndim != 3 or points.shape[2] != 3:
-        raise ValueError(f"points must have shape (B, N, 3), but have {tuple(points.shape)}.")
+    if points.ndim != 3 or points.shape[2] != 3 or 0 in points.shape:
+        raise ValueError(f"points must have shape (B, N, 3), none of them 0, but have {tuple(points.shape)}.")
     if len(size) != 2 or min(size) < 1:
         raise ValueError(f"size must be a height and a width of at least 1 pixel, but is {size}.")
     finite = points.isfinite().all(-1)
@@ -84,16 +86,16 @@ def points_to_masks(
         cloud, point = (~finite).nonzero()[0].tolist()
         raise ValueError(f"cloud {cloud}: point {point} is not finite: {points[cloud, point].tolist()}.")
     if method == "closing":
-        masks = [close_points(cloud, size, z, structures) for cloud in points]
-        return torch.stack(masks)[:, None].to(points.device)
+        closed = [close_points(cloud, size, z, structures) for cloud in points]
+        return torch.stack(closed)[:, None].to(points.device)
     outlines = recover_outlines(points.detach().double(), z, structures)
-    region, *inner = fill_polygons(outlines.flatten(0, 1), size).view(*outlines.shape[:2], *size).unbind(1)
-    classes = region.to(torch.int8)
-    for inside in inner:
-        region = region & inside
-        classes += region.view(torch.int8)
-    _check_present(classes, outlines, structures)
-    return classes[:, None].long()
+    rows, cols = _frame(outlines[:, 0], size)
+    origin = outlines.new_tensor([rows.start, cols.start])
+    classes = _fill_nested(outlines - origin, rows.stop - rows.start, cols.stop - cols.start)
+    _check_present(classes, outlines, size, structures)
+    masks = torch.zeros(len(points), 1, *size, dtype=torch.int64, device=points.device)
+    masks[:, 0, rows, cols] = classes
+    return masks
 
 
 def recover_outlines(points: Tensor, z: float, structures: StructureSpec) -> Tensor:
@@ -116,11 +118,11 @@ def recover_outlines(points: Tensor, z: float, structures: StructureSpec) -> Ten
 
 def _geometric_median(points: Tensor, member: Tensor) -> Tensor:
     """Point (B, K, 2) of the least sum of distances to the members: inside the outline, and unmoved by outliers."""
-    weight = member.to(points.dtype)
+    weight = member.to(points.dtype)[..., None]
     for _ in range(MEDIAN_STEPS):
-        centre = weight[:, :, None] @ points / weight.sum(-1)[..., None, None]
-        distance = (points - centre).norm(dim=-1)
-        weight = member / distance.clamp(min=1e-6)
+        centre = (weight * points).sum(-2, keepdim=True) / weight.sum(-2, keepdim=True)
+        distance = (points - centre).norm(dim=-1, keepdim=True)
+        weight = member[..., None] / distance.clamp(min=1e-6)
     return centre[:, :, 0]
 
 
@@ -180,6 +182,25 @@ def _smoothed(outline: Tensor, angle: Tensor, radius: Tensor, count: Tensor) -> 
     return shrunk.clamp(min=0)
 
 
+def _frame(outlines: Tensor, size: tuple[int, int]) -> tuple[slice, slice]:
+    """Rows and columns that outlines (B, M, 2) reach, at least one of each: the rest of the masks is background."""
+    lowest, highest = outlines.amin((0, 1)).floor().tolist(), outlines.amax((0, 1)).ceil().tolist()
+    starts = [int(min(max(low, 0), length - 1)) for low, length in zip(lowest, size, strict=True)]
+    stops = [int(min(max(high, start) + 1, length)) for high, start, length in zip(highest, starts, size, strict=True)]
+    return slice(starts[0], stops[0]), slice(starts[1], stops[1])
+
+
+def _fill_nested(outlines: Tensor, height: int, width: int) -> Tensor:
+    """Classes (B, H, W) int8 of polygons (B, K, M, 2), each cut to those before it."""
+    filled = fill_polygons(outlines.flatten(0, 1), (height, width)).view(*outlines.shape[:2], height, width)
+    region, *inner = filled.unbind(1)
+    classes = region.to(torch.int8)
+    for inside in inner:
+        region = region & inside
+        classes += region.view(torch.int8)
+    return classes
+
+
 def _check_counts(counts: Tensor, structures: StructureSpec, kind: str) -> None:
     few = (counts < 3).nonzero()
     if len(few):
@@ -190,16 +211,15 @@ def _check_counts(counts: Tensor, structures: StructureSpec, kind: str) -> None:
         )
 
 
-def _check_present(classes: Tensor, outlines: Tensor, structures: StructureSpec) -> None:
+def _check_present(classes: Tensor, outlines: Tensor, size: tuple[int, int], structures: StructureSpec) -> None:
     innermost = classes.amax((-2, -1))
     absent = (innermost < len(structures)).nonzero()
     if len(absent):
         cloud = int(absent[0])
         k = int(innermost[cloud])
         (top, left), (bottom, right) = outlines[cloud, k].amin(0).tolist(), outlines[cloud, k].amax(0).tolist()
-        height, width = classes.shape[1:]
         raise ValueError(
-            f"cloud {cloud}: '{structures.names[k]}' covers no pixel of a mask of {height} x {width} pixels inside the "
-            f"structures around it; its outline spans rows {top:.1f} to {bottom:.1f}, columns {left:.1f} to "
+            f"cloud {cloud}: '{structures.names[k]}' covers no pixel of a mask of {size[0]} x {size[1]} pixels inside "
+            f"the structures around it; its outline spans rows {top:.1f} to {bottom:.1f}, columns {left:.1f} to "
             f"{right:.1f}. Give the size of the masks that the points were made from, or reject the cloud."
         )

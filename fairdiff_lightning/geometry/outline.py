@@ -73,15 +73,15 @@ def masks_to_points(
     Raises:
         ValueError: as :func:`mask_to_points`, with the index of the mask.
     """
-    if masks.ndim != 4 or masks.shape[1] != 1:
-        raise ValueError(f"masks must have shape (B, 1, H, W), but have {tuple(masks.shape)}.")
+    if masks.ndim != 4 or masks.shape[1] != 1 or 0 in masks.shape:
+        raise ValueError(f"masks must have shape (B, 1, H, W), none of them 0, but have {tuple(masks.shape)}.")
     clouds = []
     for index, mask in enumerate(masks):
         try:
             clouds.append(mask_to_points(mask, num_points, method, z, structures))
         except ValueError as error:
             raise ValueError(f"mask {index} of the batch: {error}") from error
-    return torch.stack(clouds) if clouds else torch.empty(0, num_points, 3)
+    return torch.stack(clouds)
 
 
 def contour(region: NDArray[np.bool_]) -> NDArray[np.float64]:

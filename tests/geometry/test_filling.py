@@ -279,7 +279,7 @@ def test_bad_arguments_are_refused():
     points = torch.rand(20, 3)
     with pytest.raises(ValueError, match=r"points must have shape \(N, 3\), but have \(2, 20, 3\)"):
         points_to_mask(points.expand(2, -1, -1), (40, 50))
-    with pytest.raises(ValueError, match=r"points must have shape \(B, N, 3\), but have \(1, 20, 2\)"):
+    with pytest.raises(ValueError, match=r"points must have shape \(B, N, 3\), none of them 0, but have \(1, 20, 2\)"):
         points_to_mask(points[:, :2], (40, 50))
     with pytest.raises(ValueError, match="size must be a height and a width"):
         points_to_mask(points, (40, 0))

@@ -126,7 +126,9 @@ def test_batch_says_which_mask_is_at_fault(mask):
     batch = torch.stack([mask, mask, torch.zeros_like(mask)])[:, None]
     with pytest.raises(ValueError, match=r"mask 2 of the batch: mask is empty"):
         masks_to_points(batch)
-    with pytest.raises(ValueError, match=r"masks must have shape \(B, 1, H, W\), but have \(3, 90, 120\)"):
+    with pytest.raises(
+        ValueError, match=r"masks must have shape \(B, 1, H, W\), none of them 0, but have \(3, 90, 120\)"
+    ):
         masks_to_points(batch[:, 0])
 
 
