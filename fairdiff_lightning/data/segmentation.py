@@ -386,7 +386,8 @@ class SegmentationDataModule(LightningDataModule):
                 rank_zero_warn(
                     f"No training sample of '{spec.name}' {', '.join(absent)}: that group cannot be learned."
                 )
-        log_dir = self.trainer.log_dir if self.trainer is not None else None  # asks all processes
+        logs = self.trainer is not None and self.trainer.loggers
+        log_dir = self.trainer.log_dir if logs and self.trainer is not None else None  # asks all processes
         if log_dir and self.trainer is not None and self.trainer.is_global_zero:
             self.write_splits(Path(log_dir) / "splits.csv")
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-BLOCK = 2**22
-"""Distances worked on at a time: 32 MiB of float64, whatever the number of samples."""
+BLOCK = 2**20
+"""Distances worked on at a time: 8 MiB of float64, whatever the number of samples; the allocator reuses that much."""
 
 Distance = Literal["cosine", "euclidean", "chamfer"]
 
