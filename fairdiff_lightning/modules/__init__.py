@@ -1,5 +1,6 @@
 """LightningModules, one file for each method."""
 
+from fairdiff_lightning.modules.controlnet_synth import ControlNetSynth
 from fairdiff_lightning.modules.dmoe_segmenter import DMoESegmenter
 from fairdiff_lightning.modules.generative import GenerativeModule
 from fairdiff_lightning.modules.point_diffusion import PointDiffusion
@@ -7,6 +8,7 @@ from fairdiff_lightning.modules.schedules import LinearDecay, PolynomialDecay, W
 from fairdiff_lightning.modules.segmenter import Segmenter
 
 __all__ = [
+    "ControlNetSynth",
     "DMoESegmenter",
     "GenerativeModule",
     "LinearDecay",

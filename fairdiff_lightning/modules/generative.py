@@ -10,6 +10,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
+from fairdiff_lightning.callbacks import warn_about_lost_ema
 from fairdiff_lightning.data.sample import Sample
 from fairdiff_lightning.data.seeding import derive_seed
 from fairdiff_lightning.modules.optimization import configure
@@ -90,6 +91,10 @@ class GenerativeModule(LightningModule, ABC):
         carried = {key: batch[key] for key in CARRIED if key in batch}  # type: ignore[literal-required]
         synthetic = torch.ones(len(batch["id"]), dtype=torch.bool)
         return {**carried, "synthetic": synthetic, **self.generate(batch)}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Warn when training would go on from averaged weights."""
+        warn_about_lost_ema(checkpoint, self._trainer)
 
     def configure_optimizers(self) -> Any:
         """The optimizer on what is trainable, and its schedule."""

@@ -72,6 +72,29 @@ class PolynomialDecay(RunLengthSchedule):
         return float((1 - max(step - self.lag, 0) / total_steps) ** self.power)
 
 
+class LinearDecay(LRScheduler):
+    """The base learning rate, then a straight line to a last one that stays, as FairDiff's outlines train with.
+
+    Args:
+        optimizer: whose learning rates are set.
+        start: step at which the decay begins.
+        end: step at which it has ended, after ``start``.
+        end_lr: the last learning rate.
+        last_epoch: steps taken before a resume, as in PyTorch.
+    """
+
+    def __init__(self, optimizer: Optimizer, start: int, end: int, end_lr: float, last_epoch: int = -1) -> None:
+        if not 0 <= start < end:
+            raise ValueError(f"LinearDecay needs 0 <= start < end, but start={start} and end={end}.")
+        self.start, self.end, self.end_lr = start, end, end_lr
+        super().__init__(optimizer, last_epoch)
+
+    def get_lr(self) -> list[Any]:
+        """Learning rates of the step that comes next."""
+        share = min(max((self.last_epoch - self.start) / (self.end - self.start), 0.0), 1.0)
+        return [base + share * (self.end_lr - base) for base in self.base_lrs]
+
+
 class WarmupCosine(RunLengthSchedule):
     """Linear warm-up from 0 and then a half cosine to 0.
 

@@ -1,0 +1,151 @@
+"""The parts of a Stable Diffusion from a folder or hub of diffusers, or a tiny one from its configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fairdiff_lightning.networks.prompts import PromptEncoder
+
+TINY = "tiny"
+TINY_UNET: dict[str, Any] = {
+    "block_out_channels": (64, 96, 128),
+    "layers_per_block": 1,
+    "cross_attention_dim": 64,
+    "attention_head_dim": 4,
+    "norm_num_groups": 8,
+    "addition_embed_type": "text",  # the prompt also joins the embedding of the step, which every block sees
+    "resnet_time_scale_shift": "scale_shift",
+}
+TINY_AUTOENCODER: dict[str, Any] = {"patch_size": 4, "scaling_factor": 3.0}
+TINY_NOISE: dict[str, Any] = {
+    "beta_schedule": "squaredcos_cap_v2",
+    "rescale_betas_zero_snr": True,
+    "prediction_type": "v_prediction",
+    "timestep_spacing": "trailing",
+    "clip_sample": False,
+}
+"""Sampling starts from pure noise, so training must reach it too: otherwise every image keeps the mean brightness."""
+
+
+@dataclass
+class LatentDiffusion:
+    """What a latent diffusion consists of.
+
+    Attributes:
+        unet: ``UNet2DConditionModel``.
+        vae: ``AutoencoderKL``, or :class:`~fairdiff_lightning.networks.pixels.PatchAutoencoder` for pixels.
+        noise: arguments of the noise schedule, for any scheduler of diffusers.
+        prompts: the text encoder, None when there is none.
+        trained: whether the UNet has trained weights, which a new control branch must not disturb.
+    """
+
+    unet: Any
+    vae: Any
+    noise: dict[str, Any]
+    prompts: PromptEncoder | None = None
+    trained: bool = True
+
+    @property
+    def factor(self) -> int:
+        """Pixels of the image to one of the latents, along each side."""
+        return int(2 ** (len(self.vae.config.block_out_channels) - 1))
+
+
+def load_base(source: str, in_channels: int, arguments: Mapping[str, Any], pretrained: bool = True) -> LatentDiffusion:
+    """Build a base.
+
+    Args:
+        source: ``tiny``, a hub id, or a folder that ``save_pretrained`` of a Stable Diffusion pipeline wrote.
+        in_channels: channels of the data's images, which the tiny base is built for.
+        arguments: of the tiny base: any of ``UNet2DConditionModel``, and ``patch_size`` and ``scaling_factor``.
+        pretrained: load the weights of UNet and autoencoder; otherwise a folder's configurations suffice.
+
+    Raises:
+        ValueError: for a folder that is no such pipeline, saying what it lacks, or a wrong argument.
+    """
+    if source == TINY:
+        return _tiny(in_channels, arguments)
+    if arguments:
+        raise ValueError(f"base_args {sorted(arguments)} are for base='tiny'; '{source}' brings its own configuration.")
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+
+    from fairdiff_lightning.networks.pixels import PatchAutoencoder
+
+    folder = Path(source)
+    if folder.is_dir():
+        _check_folder(folder, ("unet/config.json", "vae/config.json", "scheduler/scheduler_config.json"))
+    try:
+        unet = _model(UNet2DConditionModel, source, "unet", pretrained)
+        pixels = AutoencoderKL.load_config(source, subfolder="vae")["_class_name"] == PatchAutoencoder.__name__
+        vae = _model(PatchAutoencoder if pixels else AutoencoderKL, source, "vae", pretrained)
+        has_text = not folder.is_dir() or (folder / "text_encoder").is_dir()
+        return LatentDiffusion(unet, vae, _noise(source), _prompts(source) if has_text else None, pretrained)
+    except OSError as error:
+        raise ValueError(
+            f"base='{source}' cannot be loaded: it is neither a whole folder that a Stable Diffusion pipeline was "
+            f"saved to, nor an id that the hub (reachable?) knows, nor 'tiny'. ({error})"
+        ) from error
+
+
+def load_config(model: Any, source: str, subfolder: str | None = None) -> dict[str, Any]:
+    """The configuration of a model of diffusers, from a folder or the hub."""
+    config: dict[str, Any] = model.load_config(source, subfolder=subfolder)
+    return config
+
+
+def _tiny(in_channels: int, arguments: Mapping[str, Any]) -> LatentDiffusion:
+    from diffusers import UNet2DConditionModel
+
+    from fairdiff_lightning.networks.pixels import PatchAutoencoder
+
+    chosen = {**TINY_UNET, **TINY_AUTOENCODER, **arguments}
+    patch, scaling = chosen.pop("patch_size"), chosen.pop("scaling_factor")
+    if patch < 1 or patch & (patch - 1):
+        raise ValueError(f"base_args: patch_size {patch}; expected is a power of two.")
+    channels, levels = in_channels * patch**2, len(chosen["block_out_channels"])
+    down, up = ["DownBlock2D"] * levels, ["UpBlock2D"] * levels
+    down[-1], up[0] = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"  # where there are few places
+    fixed = {"in_channels": channels, "out_channels": channels, "down_block_types": down, "up_block_types": up}
+    try:
+        unet = UNet2DConditionModel(**{**fixed, **chosen})  # type: ignore[no-untyped-call]
+    except TypeError as error:
+        raise ValueError(
+            f"base_args: {error}; beside patch_size and scaling_factor they are arguments of it."
+        ) from error
+    widths = tuple(in_channels * 4**level for level in range(patch.bit_length()))
+    return LatentDiffusion(unet, PatchAutoencoder(in_channels, widths, scaling), dict(TINY_NOISE), trained=False)
+
+
+def _model(cls: Any, source: str, part: str, pretrained: bool) -> Any:
+    if pretrained:
+        return cls.from_pretrained(source, subfolder=part)
+    return cls.from_config(load_config(cls, source, part))
+
+
+def _noise(source: str) -> dict[str, Any]:
+    """The schedule's own arguments; latents are not bounded, so they are not clipped unless the base says so."""
+    from diffusers import DDPMScheduler
+
+    return {"clip_sample": False, **load_config(DDPMScheduler, source, "scheduler")}
+
+
+def _prompts(source: str) -> PromptEncoder:
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    return PromptEncoder(
+        CLIPTokenizer.from_pretrained(source, subfolder="tokenizer"),
+        CLIPTextModel.from_pretrained(source, subfolder="text_encoder"),
+    )
+
+
+def _check_folder(folder: Path, files: tuple[str, ...]) -> None:
+    missing = [file for file in files if not (folder / file).is_file()]
+    if missing:
+        found = sorted(path.name for path in folder.iterdir())[:8]
+        raise ValueError(
+            f"base='{folder}' is no folder of a diffusers Stable Diffusion pipeline: {', '.join(missing)} missing; it "
+            f"holds {', '.join(found) or 'nothing'}. Give the folder that save_pretrained of the pipeline wrote."
+        )

@@ -1,0 +1,67 @@
+import pytest
+import torch
+
+from tiny_stable_diffusion import SD15_NOISE
+
+from fairdiff_lightning.diffusion import build_scheduler
+from fairdiff_lightning.diffusion.guidance import guide
+from fairdiff_lightning.diffusion.weighting import min_snr_weights
+
+GAMMA = 5.0
+DDIM = {name: value for name, value in SD15_NOISE.items() if name != "skip_prk_steps"}
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+def test_min_snr_weighs_the_clean_sample_s_error_by_the_bounded_ratio_under_every_parametrisation(kind):
+    scheduler = build_scheduler("DDPMScheduler", {"prediction_type": kind})
+    steps = torch.tensor([0, 10, 250, 600, 999])
+    kept = scheduler.alphas_cumprod[steps].double()
+    snr = kept / (1 - kept)
+    # an error e of the clean sample is an error e * factor of what is predicted
+    factor = {"epsilon": snr, "v_prediction": 1 / (1 - kept), "sample": torch.ones(5)}[kind]
+    weight_of_clean_sample = min_snr_weights(scheduler, steps, GAMMA).double() * factor
+    torch.testing.assert_close(weight_of_clean_sample, snr.clamp(max=GAMMA), rtol=1e-4, atol=1e-6)
+
+
+def test_min_snr_is_finite_where_no_signal_is_left():
+    scheduler = build_scheduler("DDPMScheduler", {"rescale_betas_zero_snr": True})
+    assert float(min_snr_weights(scheduler, torch.tensor([999]), GAMMA)) == pytest.approx(1.0)
+
+
+def test_min_snr_names_an_unknown_prediction_type():
+    scheduler = build_scheduler("DDPMScheduler", {"prediction_type": "epsilon"})
+    scheduler.register_to_config(prediction_type="flow")
+    with pytest.raises(ValueError, match="'flow'; expected is epsilon"):
+        min_snr_weights(scheduler, torch.tensor([3]), GAMMA)
+
+
+def test_guidance_of_scale_one_is_the_conditional_half_and_zero_the_unconditional():
+    both = torch.randn(6, 2, 3, 5)
+    torch.testing.assert_close(guide(both, 1), both[3:])
+    assert torch.equal(guide(both, 0), both[:3])
+    torch.testing.assert_close(guide(both, 9), 9 * both[3:] - 8 * both[:3])
+
+
+@pytest.mark.parametrize(("index", "step"), [("19", 951), ("10", 501), ("0", 1)])
+def test_ddim_with_guidance_reproduces_the_reference_step(reference, index, step):
+    """cn02; diffusers keeps the schedule in float32, which leaves six digits of the reference's nine."""
+    expected = reference("fairdiff")["cn02_ddim_step"]["expected"][index]
+    sampler = build_scheduler("DDIMScheduler", DDIM)
+    sampler.set_timesteps(20)
+    assert int(sampler.timesteps[19 - int(index)]) == expected["timestep"] == step
+    predicted = guide(torch.tensor([[0.25], [0.3]], dtype=torch.float64), 9.0)
+    moved = sampler.step(predicted, step, torch.tensor([[0.7]], dtype=torch.float64))
+    assert float(moved.prev_sample) == pytest.approx(expected["x_prev"], abs=2e-6)
+    assert float(moved.pred_original_sample) == pytest.approx(expected["pred_x0"], abs=2e-5)
+
+
+def test_the_schedule_is_the_reference_s(reference):
+    """cn01; to float32 accuracy, which is what diffusers computes in."""
+    expected = reference("fairdiff")["cn01_schedule"]["expected"]
+    sampler = build_scheduler("DDIMScheduler", DDIM)
+    for step, value in expected["alphas_cumprod"].items():
+        assert float(sampler.alphas_cumprod[int(step)]) == pytest.approx(value, rel=5e-5)
+    assert [float(sampler.betas[0]), float(sampler.betas[-1])] == pytest.approx(expected["beta_first_last"], rel=1e-6)
+    sampler.set_timesteps(20)
+    assert sampler.timesteps.flip(0).tolist() == expected["ddim20_timesteps"]
+    assert float(sampler.final_alpha_cumprod) == pytest.approx(expected["ddim_alpha_prev_first_last"][0], rel=1e-6)

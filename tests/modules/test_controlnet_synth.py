@@ -1,0 +1,600 @@
+import copy
+import warnings
+
+import pytest
+import torch
+from diffusers import ControlNetModel, StableDiffusionControlNetPipeline, UNet2DConditionModel
+from lightning.pytorch import LightningDataModule, Trainer
+from tiny_stable_diffusion import SD15_NOISE, SD15_UNET, write_stable_diffusion
+from torch.utils.data import DataLoader
+
+from fairdiff_lightning import Segmenter
+from fairdiff_lightning.data import collate
+from fairdiff_lightning.metrics.functional import dice_score
+from fairdiff_lightning.modules import ControlNetSynth
+from fairdiff_lightning.networks import CheckpointMismatchError
+
+PLAIN = {"num_classes": 3, "in_channels": 1, "image_size": (24, 16), "num_steps": 2, "num_groups": {"race": 3}}
+SMALL = {"block_out_channels": (8, 16), "cross_attention_dim": 8, "attention_head_dim": 2, "norm_num_groups": 4}
+TINY = {**PLAIN, "base": "tiny", "base_args": SMALL, "trained": "all", "prompt": "{group}", "guidance_scale": 2.0}
+NAMES = ["asian", "black", "white"]
+
+
+@pytest.fixture(scope="session")
+def sd(tmp_path_factory):
+    return str(write_stable_diffusion(tmp_path_factory.mktemp("base")))
+
+
+def tiny(**arguments):
+    torch.manual_seed(1)
+    return ControlNetSynth(**(TINY | arguments))
+
+
+def latent(sd, **arguments):
+    torch.manual_seed(1)
+    module = ControlNetSynth(**({"base": sd, **PLAIN, "prompt": "fundus of {group}", "group_names": NAMES} | arguments))
+    for block in (*module.controlnet.controlnet_down_blocks, module.controlnet.controlnet_mid_block):
+        torch.nn.init.normal_(block.weight, std=0.3)  # so that the condition has an effect before any training
+    torch.nn.init.normal_(module.controlnet.controlnet_cond_embedding.conv_out.weight, std=0.3)
+    return module
+
+
+def batch(count=3, size=(24, 16), **extra):
+    samples = [
+        {
+            "image": torch.rand(1, *size, generator=torch.Generator().manual_seed(i)),
+            "mask": torch.randint(3, (1, *size), generator=torch.Generator().manual_seed(i)),
+            "attributes": {"race": torch.tensor(i % 4 - 1)},
+            "id": f"s{i}",
+            "seed": torch.tensor(1000 + i),
+        }
+        for i in range(count)
+    ]
+    return collate(samples) | extra
+
+
+class Contract(LightningDataModule):
+    def __init__(self, count=4, **facts):
+        super().__init__()
+        made = batch(count)
+        self.samples = [{k: _row(v, i) for k, v in made.items() if k != "seed"} for i in range(count)]
+        for name, value in facts.items():
+            setattr(self, name, value)
+
+    def train_dataloader(self):
+        return DataLoader(self.samples, batch_size=2, collate_fn=collate)
+
+    val_dataloader = train_dataloader
+
+
+def _row(value, i):
+    return {k: v[i] for k, v in value.items()} if isinstance(value, dict) else value[i]
+
+
+def trainer(folder, **arguments):
+    return Trainer(
+        default_root_dir=folder,
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        **({"enable_checkpointing": False, "max_epochs": 1} | arguments),
+    )
+
+
+def modules(sd):
+    return {"tiny": tiny(), "latent": latent(sd)}
+
+
+# parameters and what is trained
+
+
+def write_configurations(folder):
+    """Stable Diffusion 1.5 without its weights."""
+    from diffusers import AutoencoderKL, PNDMScheduler
+
+    with torch.device("meta"):
+        UNet2DConditionModel(**SD15_UNET).save_config(folder / "unet")
+        levels = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+        AutoencoderKL(block_out_channels=(128, 256, 512, 512), layers_per_block=2, **levels).save_config(folder / "vae")
+    PNDMScheduler(**SD15_NOISE).save_config(folder / "scheduler")
+
+
+@pytest.mark.parametrize("trained", ["controlnet", "controlnet+decoder"])
+def test_full_size_parameters_are_counted_as_in_the_reference(tmp_path, reference, trained):
+    """cn03, on the meta device."""
+    write_configurations(tmp_path)
+    expected = reference("fairdiff")["cn03_params"]["expected"]
+    with torch.device("meta"):
+        module = ControlNetSynth(base=str(tmp_path), pretrained=False, trained=trained, condition="colours")
+    assert sum(p.numel() for p in module.controlnet.parameters()) == expected["controlnet"] == 361_279_120
+    assert sum(p.numel() for p in module.unet.parameters()) == expected["unet"] == 859_520_964
+    assert sum(p.numel() for p in module.vae.parameters()) == 83_653_863
+    learned = sum(p.numel() for p in module.parameters() if p.requires_grad) - module.prompts.learned.numel()
+    wanted = {"controlnet": expected["controlnet"], "controlnet+decoder": expected["trainable_sd_unlocked"]}
+    assert learned == wanted[trained]
+    down, middle = module.controlnet(
+        *(torch.empty(shape, device="meta") for shape in ((1, 4, 64, 64), (1,), (1, 77, 768), (1, 3, 512, 512))),
+        return_dict=False,
+    )
+    assert [list(r.shape[1:]) for r in (*down, middle)] == expected["residual_shapes_for_64x64"]
+
+
+@pytest.mark.parametrize("trained", ["controlnet", "controlnet+decoder", "all"])
+def test_only_what_is_trained_moves_is_optimised_and_is_saved(sd, tmp_path, trained):
+    module = latent(sd, trained=trained, num_validation_samples=1)
+    before = copy.deepcopy(module.state_dict())
+    run = trainer(tmp_path, max_steps=2)
+    run.fit(module, Contract())
+    after = module.state_dict()
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    prefixes = {"controlnet": ("controlnet.",), "all": ("controlnet.", "unet.")}
+    decoder = ("controlnet.", "unet.up_blocks.", "unet.conv_norm_out.", "unet.conv_out.")
+    expected = {name for name in before if name.startswith(prefixes.get(trained, decoder))}
+    assert moved <= expected
+    assert len(moved) > 0.9 * len(expected)
+    optimised = {id(p) for group in run.optimizers[0].param_groups for p in group["params"]}
+    assert optimised == {id(p) for name, p in module.named_parameters() if name in expected}
+    run.save_checkpoint(tmp_path / "last.ckpt")
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert saved["state_dict"].keys() == expected
+
+
+def test_a_checkpoint_without_the_frozen_part_gives_the_same_images_again(sd, tmp_path):
+    data = Contract(attribute_groups={"race": NAMES}, num_groups={"race": 3})
+    module = latent(sd, trained="controlnet+decoder", group_names=None, num_validation_samples=0)
+    run = trainer(tmp_path, max_steps=1)
+    run.fit(module, data)
+    run.save_checkpoint(tmp_path / "last.ckpt")
+    again = ControlNetSynth.load_from_checkpoint(tmp_path / "last.ckpt", weights_only=True)
+    assert torch.equal(module.eval().generate(batch())["image"], again.eval().generate(batch())["image"])
+    resumed = latent(sd, trained="controlnet+decoder", num_validation_samples=0)
+    trainer(tmp_path, max_steps=2).fit(resumed, data, ckpt_path=tmp_path / "last.ckpt", weights_only=True)
+    assert resumed.trainer.global_step == 2
+
+
+def test_a_checkpoint_of_another_trained_part_is_refused_by_name(sd, tmp_path):
+    module = latent(sd, num_validation_samples=0)
+    run = trainer(tmp_path, max_steps=1)
+    run.fit(module, Contract())
+    run.save_checkpoint(tmp_path / "last.ckpt")
+    with pytest.raises(CheckpointMismatchError, match=r"missing: unet\.conv_out\.weight"):
+        ControlNetSynth.load_from_checkpoint(tmp_path / "last.ckpt", weights_only=True, trained="controlnet+decoder")
+
+
+def test_frozen_modules_stay_in_evaluation(sd):
+    module = latent(sd, trained="controlnet+decoder").train()
+    assert module.controlnet.training
+    assert module.unet.up_blocks.training
+    assert not any(m.training for part in (module.vae, module.unet.down_blocks) for m in part.modules())
+    assert tiny().train().unet.training
+
+
+@pytest.mark.parametrize("kind", ["tiny", "latent"])
+def test_every_trained_parameter_gets_a_gradient(sd, kind):
+    module = modules(sd)[kind].train()
+    module.losses(batch())["loss"].backward()
+    assert not [name for name, p in module.named_parameters() if p.requires_grad and p.grad is None]
+    assert not [name for name, p in module.named_parameters() if not p.requires_grad and p.grad is not None]
+
+
+def test_gradient_checkpointing_changes_no_gradient(sd):
+    def gradient(**arguments):
+        module = latent(sd, text_dropout=0.0, trained="controlnet+decoder", **arguments).train()
+        module.losses(batch())["loss"].backward()
+        return torch.cat([p.grad.flatten() for p in module.parameters() if p.grad is not None])
+
+    torch.testing.assert_close(gradient(gradient_checkpointing=True), gradient())
+
+
+# the loss
+
+
+@pytest.mark.parametrize("kind", ["tiny", "latent"])
+def test_the_loss_depends_on_the_seed_alone(sd, kind):
+    module = modules(sd)[kind].eval()
+    whole = module.losses(batch())["loss"]
+    torch.rand(5)
+    assert torch.equal(module.losses(batch())["loss"], whole)
+    rows = [{k: _rows(v, i) for k, v in batch().items()} for i in range(3)]
+    torch.testing.assert_close(torch.stack([module.losses(row)["loss"] for row in rows]).mean(), whole)
+
+
+def _rows(value, i):
+    return {k: v[i : i + 1] for k, v in value.items()} if isinstance(value, dict) else value[i : i + 1]
+
+
+def test_min_snr_weighs_each_sample_by_its_step(sd):
+    from fairdiff_lightning.diffusion import generators, timesteps
+
+    plain, weighted = latent(sd).eval(), latent(sd, min_snr_gamma=5.0).eval()
+    one = batch(1)
+    draws = generators(one["seed"])
+    plain.encode(one["image"], draws)
+    torch.randn(1, 4, 12, 8, generator=draws[0])
+    step = timesteps(one["image"], 1000, draws)
+    snr = plain.noise.alphas_cumprod[step] / (1 - plain.noise.alphas_cumprod[step])
+    expected = plain.losses(one)["loss"] * (snr.clamp(max=5) / snr)
+    torch.testing.assert_close(weighted.losses(one)["loss"], expected.squeeze())
+
+
+def test_text_dropout_replaces_prompts_by_the_empty_one(sd):
+    module = latent(sd, text_dropout=0.25)
+    prompts = module._prompts_of(batch()).expand(-1, -1, -1).repeat(400, 1, 1)
+    dropped = (module._drop(prompts) == module.prompts.empty(module.device)).flatten(1).all(1)
+    assert 0.2 < dropped.float().mean() < 0.3
+    assert latent(sd, reference_behaviour=True).text_dropout == 0
+
+
+def test_bf16_trains(tmp_path):
+    module = tiny(num_validation_samples=0)
+    run = trainer(tmp_path, max_steps=2, precision="bf16-mixed")
+    run.fit(module, Contract())
+    assert bool(torch.isfinite(run.callback_metrics["train/loss"]))
+
+
+# samples
+
+
+@pytest.mark.parametrize("kind", ["tiny", "latent"])
+@pytest.mark.parametrize("sampler", ["DDIMScheduler", "DDPMScheduler", "EulerAncestralDiscreteScheduler"])
+def test_the_same_request_gives_the_same_sample_in_any_batch(sd, kind, sampler):
+    module = (tiny if kind == "tiny" else lambda **a: latent(sd, **a))(sampler=sampler).eval()
+    together = module.generate(batch(8))["image"]
+    alone = [module.generate({k: _rows(v, i) for k, v in batch(8).items()})["image"] for i in range(8)]
+    assert (together - torch.cat(alone)).abs().max() <= 1 / 255
+    assert together.min() >= 0
+    assert together.max() <= 1
+    assert not torch.allclose(together[0], together[1], atol=0.05)
+
+
+@pytest.mark.parametrize("kind", ["tiny", "latent"])
+def test_samples_depend_on_seed_mask_and_group(sd, kind):
+    module = modules(sd)[kind].eval()
+    one = batch(1)
+    image = module.generate(one)["image"]
+    for other in (
+        {"seed": torch.tensor([7])},
+        {"mask": 2 - one["mask"]},
+        {"attributes": {"race": torch.tensor([2])}},
+    ):
+        assert not torch.equal(module.generate(one | other)["image"], image), other.keys()
+
+
+def test_guidance_in_one_pass_equals_two(sd):
+    module = latent(sd, guidance_scale=3.0, negative_prompt="blurry").eval()
+    calls = []
+    module.unet.register_forward_hook(lambda m, arguments, output: calls.append(len(arguments[0])))
+    guided = module.generate(batch(2))["image"]
+    assert calls == [4, 4], "two steps, both branches in one batch"
+
+    sampler, made = module.make_sampler(), batch(2)
+    from fairdiff_lightning.diffusion import gaussian, generators
+
+    sampler.set_timesteps(2)
+    latents = gaussian(torch.empty(2, 4, 12, 8), generators(made["seed"])) * sampler.init_noise_sigma
+    positive, condition = module._prompts_of(made), module.condition(made)
+    with torch.no_grad():
+        for step in sampler.timesteps:
+            with_prompt = module(latents, step, positive, condition)
+            without = module(latents, step, module.prompts.negative(module.device).expand_as(positive), condition)
+            latents = sampler.step(without + 3 * (with_prompt - without), step, latents).prev_sample
+    torch.testing.assert_close(module.decode(latents), guided, atol=1e-4, rtol=0)
+
+
+def test_grey_images_pass_a_base_of_three_channels(sd):
+    module = latent(sd)
+    seen = []
+    module.vae.encoder.register_forward_pre_hook(lambda m, arguments: seen.append(arguments[0]))
+    image = torch.rand(2, 1, 24, 16)
+    latents = module.encode(image)
+    assert torch.equal(seen[0], (image * 2 - 1).expand(-1, 3, -1, -1))
+    decoded = module.vae.decode(latents / module.vae.config.scaling_factor).sample
+    expected = (decoded.mean(1, keepdim=True) / 2 + 0.5).clamp(0, 1)
+    torch.testing.assert_close(module.decode(latents), expected)
+
+
+def test_pixels_come_back_as_they_went():
+    module, image = tiny(), torch.rand(3, 1, 24, 16)
+    torch.testing.assert_close(module.decode(module.encode(image)), image)
+
+
+def test_a_mask_of_another_resolution_is_resized(sd):
+    module = tiny().eval()
+    coarse = torch.randint(3, (3, 1, 12, 8))
+    fine = torch.nn.functional.interpolate(coarse.float(), scale_factor=2).long()
+    made = module.generate(batch(mask=coarse))
+    assert torch.equal(made["mask"], fine)
+    assert torch.equal(made["image"], module.generate(batch(mask=fine))["image"])
+
+
+def test_samplers_follow_the_noise_of_training(sd):
+    module = latent(sd, scheduler_args={"prediction_type": "v_prediction", "rescale_betas_zero_snr": True})
+    sampler = module.make_sampler()
+    assert sampler.config.prediction_type == module.noise.config.prediction_type == "v_prediction"
+    assert float(module.noise.alphas_cumprod[-1]) == float(sampler.alphas_cumprod[-1]) == 0
+    assert (sampler.config.steps_offset, sampler.config.set_alpha_to_one, sampler.config.clip_sample) == (1, False, False)
+
+
+# conditions and prompts
+
+
+@pytest.mark.parametrize(("condition", "channels"), [("one_hot", 3), ("colours", 3), ("edge", 3)])
+def test_every_condition_trains_and_samples(condition, channels):
+    module = tiny(condition=condition)
+    made = batch(edge=torch.rand(3, 1, 24, 16))
+    if condition == "edge":
+        del made["mask"]
+    assert module.condition(made).shape == (3, channels, 24, 16)
+    module.losses(made)["loss"].backward()
+    assert module.eval().generate(made)["image"].shape == (3, 1, 24, 16)
+
+
+def test_one_hot_takes_any_number_of_classes():
+    module = tiny(num_classes=5)
+    assert module.controlnet.config.conditioning_channels == 5
+    module.losses(batch(mask=torch.full((3, 1, 24, 16), 4)))["loss"].backward()
+
+
+def test_prompts_are_encoded_once(sd):
+    module = latent(sd)
+    encoder, seen = module.prompts.encoder.encoder, []
+    encoder.register_forward_hook(lambda m, arguments, output: seen.append(len(arguments[0])))
+    with torch.inference_mode():
+        module.generate(batch())
+    module.train().losses(batch())["loss"].backward()
+    assert sum(seen) == 5, "three groups, unknown and empty"
+    prompts = module._prompts_of(batch())
+    assert not torch.equal(prompts[0], prompts[1])
+    tokens = module.prompts.encoder.tokenizer(
+        "fundus of unknown", padding="max_length", max_length=16, truncation=True, return_tensors="pt"
+    )
+    expected = encoder(tokens.input_ids).last_hidden_state[0]
+    torch.testing.assert_close(prompts[0], expected)
+    assert not any("text" in name or "encoder.encoder" in name for name, _ in module.named_parameters() if "vae" not in name)
+
+
+def test_prompts_come_from_the_batch_when_asked_to(sd):
+    module = latent(sd, prompt=None)
+    made = batch(2, prompt=["left eye", "right eye"])
+    prompts = module._prompts_of(made)
+    assert not torch.equal(prompts[0], prompts[1])
+    assert torch.equal(prompts, module._prompts_of(made | {"prompt": ["left eye", "right eye"]}))
+    with pytest.raises(ValueError, match=r"prompt=None needs 'prompt'"):
+        module.generate(batch(2))
+
+
+def test_the_reference_appends_its_quality_words_to_the_positive_prompt(sd):
+    module = latent(sd, prompt="fundus", reference_behaviour=True)
+    plain = module._prompts_of(batch(1))
+    assert torch.equal(plain, module.prompts.encode(["fundus"], module.device))
+    sampling = module._prompts_of(batch(1), sampling=True)
+    assert torch.equal(sampling, module.prompts.encode(["fundus, low quality, blurry"], module.device))
+
+
+def test_unknown_groups_have_a_learned_prompt_of_their_own():
+    module = tiny()
+    prompts = module._prompts_of(batch(4))  # groups -1, 0, 1, 2
+    assert torch.equal(prompts, module.prompts.learned[[3, 0, 1, 2]])
+    assert torch.equal(module.prompts.empty(module.device)[0], module.prompts.learned[4])
+
+
+# adherence
+
+
+def test_adherence_is_the_dice_of_a_segmenter_that_stays_outside(tmp_path):
+    torch.manual_seed(2)
+    segmenter = Segmenter(network="unet", num_classes=3, in_channels=1, image_size=32, num_groups={"race": 3})
+    run = trainer(tmp_path)
+    run.strategy.connect(segmenter)
+    run.save_checkpoint(tmp_path / "segmenter.ckpt")
+    module = tiny(adherence=str(tmp_path / "segmenter.ckpt"), num_validation_samples=3)
+    names = set(module.state_dict())
+    run = trainer(tmp_path, limit_val_batches=2)
+    run.validate(module, Contract(), verbose=False)
+    assert set(module.state_dict()) == names
+    assert {name for name in run.callback_metrics if "adherence" in name} == {
+        "val/adherence",
+        "val/adherence/class_1",
+        "val/adherence/class_2",
+    }
+    made = module.eval().generate(batch(3)) | {"attributes": batch(3)["attributes"]}
+    resized = torch.nn.functional.interpolate(made["image"], (32, 32), mode="bilinear", antialias=True)
+    logits = torch.nn.functional.interpolate(segmenter.eval()(resized), (24, 16), mode="bilinear")
+    expected = dice_score(logits.argmax(1, keepdim=True), made["mask"], 3)
+    torch.testing.assert_close(module._judge(made), expected)
+
+
+def test_a_segmenter_of_other_classes_cannot_judge(tmp_path):
+    run = trainer(tmp_path)
+    run.strategy.connect(Segmenter(network="unet", num_classes=2, in_channels=1, image_size=32))
+    run.save_checkpoint(tmp_path / "two.ckpt")
+    with pytest.raises(ValueError, match="its num_classes is 2, the generator's is 3"):
+        trainer(tmp_path).validate(tiny(adherence=str(tmp_path / "two.ckpt")), Contract())
+    with pytest.raises(FileNotFoundError, match="no checkpoint of a segmenter at 'nowhere.ckpt'"):
+        trainer(tmp_path).validate(tiny(adherence="nowhere.ckpt"), Contract())
+
+
+# diffusers and cldm
+
+
+@pytest.mark.parametrize("kind", ["tiny", "latent"])
+def test_the_saved_pipeline_draws_what_the_module_draws(sd, tmp_path, kind):
+    module = modules(sd)[kind].eval()
+    module.save_pretrained(tmp_path / "pipeline")
+    pipeline = StableDiffusionControlNetPipeline.from_pretrained(tmp_path / "pipeline", safety_checker=None)
+    assert isinstance(pipeline.controlnet, ControlNetModel)
+    pipeline.set_progress_bar_config(disable=True)
+    made = batch(2)
+    prompts = module._prompts_of(made)
+    texts = {
+        "prompt_embeds": prompts,
+        "negative_prompt_embeds": module.prompts.negative(module.device).expand_as(prompts),
+    }
+    if kind == "latent":
+        texts = {"prompt": ["fundus of unknown", "fundus of asian"]}
+    drawn = pipeline(
+        image=module.condition(made),
+        num_inference_steps=2,
+        guidance_scale=module.hparams["guidance_scale"],
+        generator=[torch.Generator().manual_seed(int(seed)) for seed in made["seed"]],
+        output_type="pt",
+        **{name: v.detach() if isinstance(v, torch.Tensor) else v for name, v in texts.items()},
+    ).images
+    expected = module.generate(made)["image"]
+    torch.testing.assert_close(drawn.mean(1, keepdim=True), expected, atol=2e-3, rtol=0)
+    if kind == "tiny":
+        from safetensors.torch import load_file
+
+        assert torch.equal(load_file(tmp_path / "pipeline" / "prompts.safetensors")["prompts"], module.prompts.learned)
+
+
+@pytest.mark.parametrize("kind", ["tiny", "latent"])
+def test_training_goes_on_from_a_saved_pipeline(sd, tmp_path, kind):
+    module = modules(sd)[kind]
+    module.save_pretrained(tmp_path)
+    arguments = {**PLAIN, "base": str(tmp_path), "controlnet": str(tmp_path / "controlnet"), "prompt": "{group}"}
+    again = ControlNetSynth(**arguments, group_names=NAMES)
+    for part in ("unet", "controlnet", "vae"):
+        ours, its = getattr(module, part).state_dict(), getattr(again, part).state_dict()
+        assert all(torch.equal(ours[name], its[name]) for name in ours)
+    again.losses(batch())["loss"].backward()
+
+
+def test_original_checkpoints_load_and_are_written(sd, tmp_path):
+    module = latent(sd)
+    text = {
+        f"cond_stage_model.transformer.text_model.{name.removeprefix('text_model.')}": tensor
+        for name, tensor in module.prompts.encoder.encoder.state_dict().items()
+    }
+    text["cond_stage_model.transformer.text_model.embeddings.position_ids"] = torch.arange(16)
+    torch.save({**module.reference_weights(), **text, "betas": torch.zeros(4)}, tmp_path / "original.ckpt")
+    other = latent(sd)
+    torch.nn.init.zeros_(other.controlnet.conv_in.weight)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # the frozen weights are the base's own
+        report = other.load_reference_weights(tmp_path / "original.ckpt")
+    assert set(report.ignored) == {"betas", "cond_stage_model.transformer.text_model.embeddings.position_ids"}
+    assert torch.equal(module.eval().generate(batch())["image"], other.eval().generate(batch())["image"])
+
+    branch = ControlNetSynth(**PLAIN, base=sd, condition="colours", controlnet=str(tmp_path / "original.ckpt"))
+    assert torch.equal(branch.controlnet.conv_in.weight, module.controlnet.conv_in.weight)
+
+    torch.nn.init.normal_(other.unet.conv_in.weight)
+    with pytest.warns(UserWarning, match="changed weights that are frozen here"):
+        other.load_reference_weights(tmp_path / "original.ckpt")
+
+
+def test_a_new_branch_leaves_a_trained_unet_alone(sd):
+    module = ControlNetSynth(base=sd, **PLAIN)
+    made = batch()
+    noisy, steps, prompts = torch.randn(3, 4, 12, 8), torch.tensor([3, 500, 999]), module._prompts_of(made)
+    with torch.no_grad():
+        steered = module(noisy, steps, prompts, module.condition(made))
+        torch.testing.assert_close(steered, module.unet(noisy, steps, prompts).sample)
+
+
+# bad input
+
+
+def test_a_wrong_base_says_what_is_missing(tmp_path):
+    (tmp_path / "notes.txt").write_text("no model")
+    with pytest.raises(ValueError, match=r"unet/config\.json, vae/config\.json.* missing; it holds notes\.txt"):
+        ControlNetSynth(base=str(tmp_path))
+
+
+def test_arguments_of_the_tiny_base_are_refused_elsewhere(sd):
+    with pytest.raises(ValueError, match=r"base_args \['layers_per_block'\] are for base='tiny'"):
+        ControlNetSynth(base=sd, base_args={"layers_per_block": 1})
+    with pytest.raises(ValueError, match=r"base_args: .*'layers'"):
+        tiny(base_args={**SMALL, "layers": 1})
+    with pytest.raises(ValueError, match="patch_size 3; expected is a power of two"):
+        tiny(base_args={"patch_size": 3})
+
+
+def test_a_source_without_a_controlnet_is_refused(sd, tmp_path):
+    with pytest.raises(ValueError, match="holds a UNet2DConditionModel; expected is a ControlNetModel"):
+        ControlNetSynth(base=sd, **PLAIN, controlnet=f"{sd}/unet")
+    with pytest.raises(ValueError, match="no folder with a ControlNet's config.json"):
+        ControlNetSynth(base=sd, **PLAIN, controlnet=sd)
+    torch.save({"model.diffusion_model.out.2.bias": torch.zeros(4)}, tmp_path / "sd.ckpt")
+    with pytest.raises(ValueError, match=r"holds no 'control_model\.\*'"):
+        ControlNetSynth(base=sd, **PLAIN, controlnet=str(tmp_path / "sd.ckpt"))
+
+
+def test_a_controlnet_of_another_unet_or_condition_is_refused(sd, tmp_path):
+    unet = UNet2DConditionModel.from_pretrained(sd, subfolder="unet")
+    ControlNetModel.from_unet(unet, conditioning_channels=2).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"conditioning_channels 2, the condition has 3.*8 times as wide"):
+        ControlNetSynth(base=sd, **PLAIN, controlnet=str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ({"mask": torch.zeros(3, 1, 16, 24, dtype=torch.int64)}, "'mask' of 's0' is 16 x 24.*another aspect ratio"),
+        ({"mask": torch.full((3, 1, 24, 16), 3)}, r"classes \[3\]; expected are 0 to 2"),
+        ({"mask": torch.full((3, 1, 24, 16), -1)}, r"classes \[-1\]; expected are 0 to 2"),
+    ],
+)
+def test_requests_that_do_not_fit_are_refused(extra, message):
+    with pytest.raises(ValueError, match=message):
+        tiny().generate(batch(**extra))
+
+
+def test_requests_without_a_condition_are_refused():
+    made = batch()
+    del made["mask"]
+    with pytest.raises(ValueError, match="condition='one_hot' needs 'mask'"):
+        tiny().generate(made)
+    with pytest.raises(ValueError, match="condition='edge' needs 'edge'"):
+        tiny(condition="edge").generate(batch())
+
+
+def test_training_samples_of_another_size_or_class_are_refused():
+    with pytest.raises(ValueError, match=r"'mask' of sample 's0' has size \(12, 8\)"):
+        tiny().losses(batch(mask=torch.zeros(3, 1, 12, 8, dtype=torch.int64)))
+    with pytest.raises(ValueError, match=r"'image' of sample 's0' has size \(12, 8\)"):
+        tiny().losses(batch(image=torch.zeros(3, 1, 12, 8)))
+    with pytest.raises(ValueError, match=r"classes \[7\]"):
+        tiny().losses(batch(mask=torch.full((3, 1, 24, 16), 7)))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_groups": None}, "names the group of attribute=None, and num_groups names none"),
+        ({"attribute": "gender"}, r"attribute='gender', and num_groups names race \(3 groups\)"),
+        ({"prompt": None}, "no text encoder"),
+        ({"negative_prompt": "blurry"}, "no text encoder"),
+        ({"image_size": 30}, "multiples of 4"),
+        ({"sampler": "NoScheduler"}, "scheduler 'NoScheduler' is not known"),
+    ],
+)
+def test_arguments_that_contradict_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        tiny(**arguments)
+
+
+def test_channels_that_the_base_cannot_make_are_refused(sd):
+    with pytest.raises(ValueError, match="in_channels 2: the base makes images of 3, which serve 1 or 3"):
+        ControlNetSynth(base=sd, **PLAIN | {"in_channels": 2})
+
+
+def test_group_names_are_asked_for_when_nobody_gives_them(sd):
+    with pytest.raises(ValueError, match="names one of 3 groups, whose names are None: give group_names"):
+        latent(sd, group_names=None).generate(batch())
+
+
+@pytest.mark.parametrize(
+    ("facts", "message"),
+    [
+        ({"num_classes": 4}, "num_classes: Contract has 4"),
+        ({"image_size": (24, 24)}, "image_size: Contract has"),
+        ({"num_groups": {"race": 2}}, "attribute 'race': Contract has 2 groups"),
+    ],
+)
+def test_data_that_do_not_fit_are_refused_before_training(tmp_path, facts, message):
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path).fit(tiny(), Contract(**facts))

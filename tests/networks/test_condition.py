@@ -1,0 +1,103 @@
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from fairdiff_lightning.networks.condition import (
+    blended_colours,
+    check_labels,
+    colours,
+    one_hot,
+    palette,
+    resize_labels,
+)
+
+FRAME = (512, 512)
+
+
+def card_mask():
+    """The card's mask: 664 x 798, ellipses of disc and cup."""
+    row, col = np.mgrid[:664, :798]
+    disc = ((col - 400) / 120) ** 2 + ((row - 332) / 140) ** 2 <= 1
+    cup = ((col - 410) / 60) ** 2 + ((row - 336) / 70) ** 2 <= 1
+    return torch.from_numpy(disc.astype(np.int64) + (disc & cup))[None, None]
+
+
+def pack(hint):
+    """FairDiff's packing of a picture (3, 512, 512): nearest resize to 798 x 664, exact match of colours."""
+    picture = (hint * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    picture = cv2.resize(picture, (798, 664), interpolation=cv2.INTER_NEAREST)
+    matches = np.stack([(picture == np.array(colour) * 255).all(-1) for colour in palette(3)])
+    return np.where(matches.any(0), matches.argmax(0), 0), ~matches.any(0)
+
+
+def dice(a, b, label):
+    return 2 * ((a == label) & (b == label)).sum() / ((a == label).sum() + (b == label).sum())
+
+
+def test_blended_colours_are_the_reference_s(reference):
+    """cn04"""
+    expected = reference("fairdiff")["cn04_hint"]["expected"]
+    hint = blended_colours(card_mask(), 3, FRAME)[0]
+    found, counts = np.unique((hint * 255).round().numpy().reshape(3, -1), axis=1, return_counts=True)
+    assert found.shape[1] == expected["unique_colours"]
+    top = sorted(zip(counts.tolist(), found.T.tolist(), strict=True), reverse=True)[:3]
+    assert [[colour, count] for count, colour in top] == expected["top"]
+    assert float(hint.double().sum()) == pytest.approx(expected["sum"], abs=0.01)
+
+
+def test_the_reference_s_way_leaves_a_seam_that_labels_do_not(reference):
+    """cn05"""
+    mask, expected = card_mask(), reference("fairdiff")["cn05_pack_roundtrip"]["expected"]["official"]
+    packed, unmatched = pack(blended_colours(mask, 3, FRAME)[0])
+    truth = mask[0, 0].numpy()
+    assert np.bincount(packed.ravel()).tolist() == expected["counts_bg_rim_cup"]
+    assert unmatched.sum() == expected["unmatched_px_set_to_background"]
+    assert (unmatched & (truth > 0)).sum() == expected["unmatched_inside_disc"]
+    assert dice(packed, truth, 1) == pytest.approx(expected["dice_rim"], abs=1e-9)
+    assert dice(packed, truth, 2) == pytest.approx(expected["dice_cup"], abs=1e-9)
+
+    ours, lost = pack(colours(resize_labels(mask, FRAME), 3)[0])
+    assert not lost.any()
+    there_and_back = resize_labels(resize_labels(mask, FRAME), (664, 798))[0, 0].numpy()
+    assert dice(there_and_back, truth, 1) > expected["dice_rim"]
+    assert dice(there_and_back, truth, 2) > expected["dice_cup"]
+
+
+@pytest.mark.parametrize("num_classes", [2, 3, 5, 24])
+def test_colours_of_classes_differ_and_begin_with_the_reference_s(num_classes):
+    assert palette(num_classes)[:3] == ((1, 1, 1), (1, 0, 0), (0, 0, 1))[:num_classes]
+    bytes_ = {tuple(round(255 * channel) for channel in colour) for colour in palette(num_classes)}
+    assert len(palette(num_classes)) == len(bytes_) == num_classes
+
+
+def test_one_hot_agrees_with_torch_at_any_size():
+    mask = torch.randint(4, (3, 1, 5, 9))
+    expected = torch.nn.functional.one_hot(mask[:, 0], 4).permute(0, 3, 1, 2).float()
+    assert torch.equal(one_hot(mask, 4), expected)
+    painted = colours(mask, 4)
+    assert painted.shape == (3, 3, 5, 9)
+    assert painted[2, :, 4, 7].tolist() == pytest.approx(palette(4)[mask[2, 0, 4, 7]])
+
+
+def test_labels_are_resized_by_the_nearest_pixel_centre():
+    mask = torch.arange(6).view(1, 1, 2, 3)
+    assert resize_labels(mask, (2, 3)) is mask
+    assert resize_labels(mask, (4, 6))[0, 0].tolist() == np.kron(mask[0, 0], np.ones((2, 2))).tolist()
+    odd = torch.randint(4, (1, 1, 31, 17))
+    expected = cv2.resize(odd[0, 0].numpy().astype(np.uint8), (9, 20), interpolation=cv2.INTER_NEAREST_EXACT)
+    assert resize_labels(odd, (20, 9))[0, 0].tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (torch.zeros(2, 8, 8, dtype=torch.int64), r"shape \(2, 8, 8\); expected is \(B, 1, H, W\)"),
+        (torch.zeros(2, 1, 8, 12, dtype=torch.int64), r"8 x 12, and image_size \(16, 16\) has another aspect ratio"),
+        (torch.full((1, 1, 8, 8), 3), r"classes \[3\]; expected are 0 to 2"),
+        (torch.full((1, 1, 8, 8), -1), r"classes \[-1\]; expected are 0 to 2"),
+    ],
+)
+def test_masks_that_do_not_fit_are_refused(mask, message):
+    with pytest.raises(ValueError, match=message):
+        check_labels(mask, 3, (16, 16), "the mask")
