@@ -17,6 +17,7 @@ from fairdiff_lightning.data import DatasetNotFoundError
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 RUNS = sorted(str(p.relative_to(CONFIGS)) for p in CONFIGS.glob("*/*.yaml") if p.parent.name != "trainer")
+GENERATORS = [run for run in RUNS if "points" in run or "point_diffusion" in run or "controlnet" in run]
 SMALL = [
     "--model.init_args.network=tiny",
     "--data.init_args.image_size=32",
@@ -54,8 +55,8 @@ def assert_same_weights(a, b):
         assert torch.equal(value, b[name]), name
 
 
-@pytest.mark.parametrize("config", RUNS)
-def test_every_shipped_configuration_trains_and_tests(config):
+@pytest.mark.parametrize("config", sorted({*RUNS} - {*GENERATORS}))
+def test_every_shipped_segmenter_trains_and_tests(config):
     arguments = ["--config", str(CONFIGS / config), *SMALL, "--trainer.fast_dev_run=2"]
     network = [] if "unet.yaml" not in config or "trans" in config else ["--model.init_args.network=unet"]
     main(["fit", *arguments, *network])

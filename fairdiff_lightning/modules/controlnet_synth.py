@@ -137,7 +137,6 @@ class ControlNetSynth(GenerativeModule):
     ) -> None:
         super().__init__(optimizer, lr_scheduler, lr_interval, num_validation_samples)
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler"])
-        self.strict_loading = False  # checkpoints hold what is trained; on_load_checkpoint is strict about that
         self.image_size = (image_size, image_size) if isinstance(image_size, int) else (image_size[0], image_size[1])
         self.text_dropout = 0.0 if reference_behaviour else text_dropout
         parts = load_base(base, in_channels, base_args or {}, pretrained)
@@ -302,10 +301,10 @@ class ControlNetSynth(GenerativeModule):
         checkpoint["state_dict"] = {name: w for name, w in checkpoint["state_dict"].items() if name in kept}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Say by name what does not fit when the checkpoint is of another architecture or another trained part."""
-        kept = self._trained_names()
-        expected = {name: tensor for name, tensor in self.state_dict().items() if name in kept}
-        check_state_dict(checkpoint["state_dict"], expected, "checkpoint")
+        """Say by name what does not fit when the checkpoint is of another part or architecture; add what is frozen."""
+        kept, state = self._trained_names(), self.state_dict()
+        check_state_dict(checkpoint["state_dict"], {name: state[name] for name in kept}, "checkpoint")
+        checkpoint["state_dict"] = {**state, **checkpoint["state_dict"]}
 
     def load_reference_weights(self, source: Source) -> LoadReport:
         """Load a whole checkpoint in the original ``cldm`` layout, as FairDiff's and DiffBoost's code writes it.

@@ -37,7 +37,9 @@ def check_labels(mask: Tensor, num_classes: int, size: tuple[int, int], where: s
             "first; resizing would deform it."
         )
     if int(mask.min()) < 0 or int(mask.max()) >= num_classes:
-        raise ValueError(f"{where} holds classes {sorted(set(mask.flatten().tolist()))}; expected are 0 to {num_classes - 1}.")
+        raise ValueError(
+            f"{where} holds classes {sorted(set(mask.flatten().tolist()))}; expected are 0 to {num_classes - 1}."
+        )
 
 
 def resize_labels(mask: Tensor, size: tuple[int, int]) -> Tensor:

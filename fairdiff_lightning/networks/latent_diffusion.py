@@ -105,6 +105,11 @@ def _tiny(in_channels: int, arguments: Mapping[str, Any]) -> LatentDiffusion:
     patch, scaling = chosen.pop("patch_size"), chosen.pop("scaling_factor")
     if patch < 1 or patch & (patch - 1):
         raise ValueError(f"base_args: patch_size {patch}; expected is a power of two.")
+    width, heads = chosen["cross_attention_dim"], 64  # which a ControlNet gives "text" whatever the UNet has
+    if chosen["addition_embed_type"] == "text" and width % heads:
+        raise ValueError(
+            f"base_args: cross_attention_dim {width}; addition_embed_type='text' needs a multiple of {heads}."
+        )
     channels, levels = in_channels * patch**2, len(chosen["block_out_channels"])
     down, up = ["DownBlock2D"] * levels, ["UpBlock2D"] * levels
     down[-1], up[0] = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"  # where there are few places

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from fairdiff_lightning.modules import PolynomialDecay, WarmupCosine
+from fairdiff_lightning.modules import LinearDecay, PolynomialDecay, WarmupCosine
 
 
 def rates(schedule, base=1.0, **arguments):
@@ -44,6 +44,21 @@ def test_polynomial_decay_is_fairdiffs_one_step_later(reference):
 def test_decay_without_lag_ends_at_zero():
     found = at(PolynomialDecay, range(11), total_steps=10)
     assert [found[t] for t in range(11)] == pytest.approx([(1 - t / 10) ** 0.9 for t in range(11)])
+
+
+def test_linear_decay_is_fairdiffs(reference):
+    expected = reference("fairdiff")["pd08_lr"]["expected"]
+    for step, rate in expected.items():
+        optimizer = torch.optim.Adam([{"params": [torch.zeros(1)], "lr": 2e-3, "initial_lr": 2e-3}])
+        LinearDecay(optimizer, start=100_000, end=300_000, end_lr=1e-4, last_epoch=int(step) - 1)  # resumed there
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(rate, abs=1e-12)
+
+
+def test_linear_decay_steps_along_a_straight_line_that_stays():
+    found = at(LinearDecay, range(9), base=1.0, start=2, end=6, end_lr=0.2)
+    assert list(found.values()) == pytest.approx([1, 1, 1, 0.8, 0.6, 0.4, 0.2, 0.2, 0.2])
+    with pytest.raises(ValueError, match="start=6 and end=6"):
+        LinearDecay(torch.optim.SGD([torch.zeros(1)], lr=1.0), start=6, end=6, end_lr=0.1)
 
 
 def test_warmup_cosine_rises_linearly_and_falls_to_zero():

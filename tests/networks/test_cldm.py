@@ -43,7 +43,9 @@ def test_names_agree_with_the_converter_of_diffusers(size):
         names, tensors = original_names(network), numbered(network)
         original = {prefix + names[name]: tensor for name, tensor in tensors.items()}
         converted = convert(original, network.config)
-        kept = {name for name in tensors if not _is_last_hint(name, network)}  # it knows the last hint layer as .14 only
+        kept = {
+            name for name in tensors if not _is_last_hint(name, network)
+        }  # it knows the last hint layer as .14 only
         assert {name: float(converted[name]) for name in kept} == {name: float(tensors[name]) for name in kept}
 
 
@@ -66,7 +68,11 @@ def test_the_full_size_has_the_original_code_s_names(reference):
     hint = [n for n, original in names.items() if original.startswith("input_hint_block.")]
     assert sum(controlnet.state_dict()[n].numel() for n in hint) == expected["hint_block"]
     assert "input_hint_block.14.weight" in names.values()
-    zero = {original.rsplit(".", 1)[0] for original in names.values() if original.startswith(("zero_convs", "middle_block_out"))}
+    zero = {
+        original.rsplit(".", 1)[0]
+        for original in names.values()
+        if original.startswith(("zero_convs", "middle_block_out"))
+    }
     assert len(zero) == expected["zero_convs"]
 
 

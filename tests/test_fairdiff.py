@@ -1,0 +1,138 @@
+"""FairDiff through the command line: the shipped configurations and the pipeline's own commands, tiny."""
+
+import csv
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_cli import CONFIGS, GENERATORS
+
+from fairdiff_lightning.cli import main, newest_checkpoint
+from fairdiff_lightning.data import FairSeg
+
+REPOSITORY = Path(__file__).parents[1]
+QUIET = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.accelerator=cpu"]
+SIZE = ["--data.image_size=32", "--data.batch_size=4", "--data.num_workers=0"]
+TINY_UNET = "{block_out_channels: [16, 16, 32], norm_num_groups: 4, cross_attention_dim: 16, layers_per_block: 1}"
+TINY = {
+    "points": ["--data.num_points=32", "--model.num_points=32", "--model.num_steps=4"],
+    "controlnet": [
+        "--model.base=tiny",
+        f"--model.base_args={TINY_UNET}",
+        "--model.trained=all",
+        "--model.controlnet=null",
+    ],
+    "segmenter": ["--model.network=tiny"],
+}
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path, monkeypatch):
+    (tmp_path / "configs").symlink_to(CONFIGS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["fairdiff"])
+    for name in ("FAIRSEG_ROOT", "SD15", "CONTROLNET", "PL_GLOBAL_SEED"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def kind(text):
+    return "points" if "point" in text else "controlnet" if "controlnet" in text else "segmenter"
+
+
+def rows(folder):
+    with (Path(folder) / "manifest.csv").open(newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+@pytest.mark.parametrize("config", GENERATORS)
+def test_every_shipped_generator_trains_and_generates(config):
+    arguments = [
+        "--config",
+        str(CONFIGS / config),
+        *SIZE,
+        *TINY[kind(config)],
+        *QUIET,
+        "--trainer.default_root_dir=run",
+    ]
+    main(["fit", *arguments, "--trainer.max_steps=2", "--trainer.max_epochs=-1", "--trainer.limit_val_batches=1"])
+    main(["predict", *arguments, "--data.generate.per_group=2", "--data.generate.masks=train", "--ckpt_path=last"])
+    made = rows("run/synthetic")
+    assert [row["race"] for row in made] == [g for g in ("Asian", "Black", "White") for _ in range(2)]
+    for row in made:
+        with np.load(Path("run/synthetic") / row["file"]) as archive:
+            assert archive["disc_cup_mask"].shape == (32, 32)
+            assert set(np.unique(archive["disc_cup_mask"])) == {0, -1, -2}
+            assert ("slo_fundus" in archive.files) == (kind(config) == "controlnet")
+
+
+def recorded(tmp_path):
+    """The commands of the pipeline, from stand-ins that note their arguments."""
+    stand_in = tmp_path / "bin" / "fairdiff"
+    stand_in.parent.mkdir()
+    stand_in.write_text(
+        f"#!{sys.executable}\n"
+        "import pathlib, shlex, sys\n"
+        "with open('commands', 'a') as log: print(shlex.join(sys.argv[1:]), file=log)\n"
+        "folder = next((a.split('=')[1] for a in sys.argv if a.startswith('--trainer.default_root_dir=')), '.')\n"
+        "for file in ('synthetic/manifest.csv', 'last.ckpt'):\n"
+        "    path = pathlib.Path(folder, file); path.parent.mkdir(parents=True, exist_ok=True); path.touch()\n"
+    )
+    (tmp_path / "bin" / "python").write_text('#!/bin/sh\necho "python $@" >> commands\n')
+    for file in stand_in.parent.iterdir():
+        file.chmod(0o755)
+    (tmp_path / "examples").mkdir()
+    script = tmp_path / "examples" / "fairdiff_pipeline.sh"
+    script.write_text((REPOSITORY / "examples" / "fairdiff_pipeline.sh").read_text())
+    environment = {"PATH": f"{stand_in.parent}:{os.environ['PATH']}", "TOTAL": "477", "STEPS": "3"}
+    subprocess.run(["bash", str(script)], check=True, env=environment, capture_output=True)
+    return [shlex.split(line) for line in (tmp_path / "commands").read_text().splitlines()]
+
+
+def test_the_pipelines_commands_lead_to_the_comparison(tmp_path, capsys, monkeypatch):
+    commands = recorded(tmp_path)
+    assert [c[0] for c in commands] == [
+        *["fit", "test"] * 2,
+        *["fit", "predict"] * 2,
+        "fit",
+        "test",
+        "python",
+        "python",
+    ]
+    for file in [*tmp_path.rglob("last.ckpt"), *tmp_path.rglob("manifest.csv")]:
+        file.unlink()
+    adherence = str(Path("runs/fairdiff/real/last.ckpt"))
+    for command in commands[:-2]:
+        words = [w for w in command if "adherence" not in w and "max_steps" not in w and "max_epochs" not in w]
+        part = kind(" ".join(w for w in words if "configs" in w))
+        if adherence in " ".join(command):
+            words.append(f"--model.adherence={newest_checkpoint(Path('runs/fairdiff/real'), 'last')}")
+        length = ["--trainer.max_steps=3", "--trainer.max_epochs=-1", "--trainer.limit_val_batches=1"]
+        words = [w.replace("=477", "=180") for w in words]
+        main([*words, *SIZE, *TINY[part], *QUIET[2:], *(length if command[0] == "fit" else [])])
+    sys.path.insert(0, str(REPOSITORY / "examples"))
+    import compare_runs
+    import show_synthetic
+
+    (picture, table) = commands[-2:]
+    assert [Path(c[1]).name for c in (picture, table)] == ["show_synthetic.py", "compare_runs.py"]
+    show_synthetic.main(picture[2], picture[4])
+    assert Path(picture[4]).stat().st_size > 10_000
+    compare_runs.main(table[2:5], output=table[6])
+    assert [line.split(" | ")[0] for line in Path(table[6]).read_text().splitlines()[2:]] == [
+        "| real only",
+        "| oversampled",
+        "| Equal Scale",
+    ]
+    masks = {row["id"]: row for row in rows("runs/fairdiff/points/synthetic")}
+    made = rows("runs/fairdiff/controlnet/synthetic")
+    assert {row["condition"] for row in made} <= masks.keys()
+    for row in made[:3]:
+        with np.load(f"runs/fairdiff/points/synthetic/{masks[row['condition']]['file']}") as mask:
+            with np.load(f"runs/fairdiff/controlnet/synthetic/{row['file']}") as image:
+                assert np.array_equal(mask["disc_cup_mask"], image["disc_cup_mask"])
+    assert len(FairSeg().index(Path("runs/fairdiff/controlnet/synthetic")).records) == len(made)
