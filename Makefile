@@ -16,7 +16,7 @@ $(READY): setup.cfg pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(READY)
-	$(BIN)/python examples/demo.py
+	PATH="$(CURDIR)/$(BIN):$$PATH" TOTAL=477 STEPS=400 bash examples/fairdiff_pipeline.sh
 
 test: $(READY)
 	$(BIN)/python -m pytest -m 'not slow and not gpu'
@@ -33,6 +33,10 @@ bench: $(READY)
 	$(BIN)/python benchmarks/moe.py
 	$(BIN)/python benchmarks/data.py
 	$(BIN)/python benchmarks/step.py
+	$(BIN)/python benchmarks/geometry.py
+	$(BIN)/python benchmarks/point_sampling.py
+	$(BIN)/python benchmarks/generation_metrics.py
+	$(BIN)/python benchmarks/controlnet.py
 	$(BIN)/python benchmarks/fairness_phantom.py
 
 docs: $(READY)

@@ -1,7 +1,7 @@
 """A training step and a batch of samples of ControlNetSynth, eager or compiled, float32 or bfloat16, timed in turns.
 
-On a GPU at the full size of Stable Diffusion 1.5 with random weights (which cost as much as trained ones), on a CPU the tiny
-base. `python benchmarks/controlnet.py [--batch-size 2] [--rounds 5] [--skip-compiled]`
+On a GPU at the full size of Stable Diffusion 1.5 with random weights (which cost as much as trained ones), on a CPU the
+tiny base. `python benchmarks/controlnet.py [--batch-size 2] [--rounds 5] [--skip-compiled]`
 """
 
 from __future__ import annotations

@@ -10,9 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from test_fairdiff import TINY as PARTS
+from test_fairdiff import kind
 
 from fairdiff_lightning.cli import main
+from fairdiff_lightning.data import FairSeg
 
 REPOSITORY = Path(__file__).parents[1]
 DOCUMENTS = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
@@ -38,7 +42,7 @@ def repository(tmp_path, monkeypatch):
     (tmp_path / "configs").symlink_to(REPOSITORY / "configs")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["fairdiff"])
-    for name in ("FAIRSEG_ROOT", "HAM10000_ROOT", "FAIRSEG_TRANSUNET"):
+    for name in ("FAIRSEG_ROOT", "HAM10000_ROOT", "FAIRSEG_TRANSUNET", "SD15", "CONTROLNET"):
         monkeypatch.delenv(name, raising=False)
     return tmp_path
 
@@ -47,19 +51,39 @@ def repository(tmp_path, monkeypatch):
 def test_commands_run(command, repository, monkeypatch):
     words = shlex.split(command)
     while "=" in words[0]:
-        words.pop(0)  # a checkpoint of a run of hours: what it does is in tests/modules
+        words.pop(0)  # a checkpoint or base that is not here: what it does is in tests/modules
     if words[0] == "make":
         subprocess.run(["make", "-n", *words[1:]], cwd=REPOSITORY, check=True, capture_output=True)
+    elif words[0] == "bash":
+        assert words[1:] == ["examples/fairdiff_pipeline.sh"]  # run by test_fairdiff.py, command by command
+        subprocess.run(["bash", "-n", words[1]], cwd=REPOSITORY, check=True)
     elif words[0] == "tensorboard":
         assert words[1:] == ["--logdir", "runs"]
     elif words[0] == ".":
         assert f"VENV := {words[1].split('/')[0]}" in (REPOSITORY / "Makefile").read_text()
     else:
         assert words[0] == "fairdiff"
-        given = [w for w in words[1:] if not w.startswith(("--data.root", "--ckpt_path"))]
-        network = [] if any("unet.yaml" in w and "trans" not in w for w in words) else ["--model.network=tiny"]
+        given = [at_hand(w) for w in words[1:] if not w.startswith(("--data.root", "--ckpt_path"))]
+        part = kind(" ".join(w for w in words if "configs" in w))
+        network = [] if any("unet.yaml" in w and "trans" not in w for w in words) else PARTS[part]
         size = [] if "--data.image_size=null" in words else ["--data.image_size=32"]
         main([*given, *TINY, *size, *network])
+
+
+def at_hand(word):
+    """The argument, with what another command would have made before it."""
+    if word.startswith("--data.synthetic="):
+        folder = Path(word.split("=")[1].strip("[]"))
+        sample = {"image": torch.rand(1, 32, 32), "mask": torch.ones(1, 32, 32), "synthetic": torch.tensor(True)}
+        for race in range(3):
+            FairSeg().write(folder, {**sample, "id": f"made-{race}", "attributes": {"race": torch.tensor(race)}})
+    if word.startswith(("--data.total=", "--data.generate.total=")):
+        return word.split("=")[0] + "=120"
+    if word.startswith("--data.generate.masks="):
+        return "--data.generate.masks=train"
+    if word == "--trainer.callbacks.extractor=inception":
+        return "--trainer.callbacks.extractor=torch.nn.Flatten"
+    return word
 
 
 @pytest.mark.parametrize("code", blocks("python"))

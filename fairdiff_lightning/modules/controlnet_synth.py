@@ -25,7 +25,7 @@ from fairdiff_lightning.networks.checkpoint import LoadReport, Source, check_sta
 from fairdiff_lightning.networks.cldm import load_cldm, load_cldm_autoencoder, load_cldm_text_encoder, to_cldm
 from fairdiff_lightning.networks.condition import blended_colours, check_labels, colours, one_hot, resize_labels
 from fairdiff_lightning.networks.controlnet import build_controlnet
-from fairdiff_lightning.networks.latent_diffusion import load_base
+from fairdiff_lightning.networks.latent_diffusion import TINY, load_base
 from fairdiff_lightning.networks.prompts import GROUP, Prompts
 
 REFERENCE_SUFFIX = ", low quality, blurry"
@@ -139,6 +139,8 @@ class ControlNetSynth(GenerativeModule):
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler"])
         self.image_size = (image_size, image_size) if isinstance(image_size, int) else (image_size[0], image_size[1])
         self.text_dropout = 0.0 if reference_behaviour else text_dropout
+        if base == TINY and trained != "all":
+            raise ValueError(f"trained='{trained}': base='{TINY}' has no trained weights to keep; train 'all' of it.")
         parts = load_base(base, in_channels, base_args or {}, pretrained)
         self.unet, self.vae, self.factor = parts.unet, parts.vae, parts.factor
         self.prompts = Prompts(
@@ -190,6 +192,7 @@ class ControlNetSynth(GenerativeModule):
 
     def forward(self, noisy: Tensor, steps: Tensor, prompts: Tensor, condition: Tensor) -> Tensor:
         """What the network predicts (B, c, h, w) for noisy latents at steps (B,)."""
+        noisy, prompts, condition = (given.to(self.unet.dtype) for given in (noisy, prompts, condition))
         down, middle = self.controlnet(noisy, steps, prompts, condition, return_dict=False)
         predicted: Tensor = self.unet(
             noisy,
@@ -229,7 +232,8 @@ class ControlNetSynth(GenerativeModule):
     @torch.no_grad()
     def generate(self, requests: Sample) -> dict[str, Any]:
         """Images (B, C, H, W) in [0, 1] for requests with ``seed`` and a condition, and their masks at that size."""
-        self._check_condition(requests)
+        self._check_keys(requests)
+        self._check_values(requests)
         images = self.sample(self.condition(requests), self._prompts_of(requests, sampling=True), requests["seed"])
         made = {"image": images}
         return made | ({"mask": resize_labels(requests["mask"], self.image_size)} if "mask" in requests else {})
@@ -266,14 +270,15 @@ class ControlNetSynth(GenerativeModule):
     def encode(self, image: Tensor, generator: Generators | None = None) -> Tensor:
         """Scaled latents of images (B, C, H, W) in [0, 1], a sample of the autoencoder's posterior."""
         pixels = (image * 2 - 1).expand(-1, self.vae.config.in_channels, -1, -1)
-        posterior = self.vae.encode(pixels).latent_dist
+        posterior = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist
         drawn: Tensor = posterior.sample(list(generator) if generator is not None else None)
-        return drawn.float() * self.vae.config.scaling_factor
+        return drawn.float() * float(self.vae.config.scaling_factor)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Images (B, C, H, W) in [0, 1] of scaled latents."""
-        pixels: Tensor = self.vae.decode(latents / self.vae.config.scaling_factor, return_dict=False)[0]
+        scaled = (latents / self.vae.config.scaling_factor).to(self.vae.dtype)
+        pixels: Tensor = self.vae.decode(scaled, return_dict=False)[0]
         if self.hparams["in_channels"] == 1:
             pixels = pixels.mean(1, keepdim=True)
         return (pixels.float() / 2 + 0.5).clamp(0, 1)
@@ -367,9 +372,11 @@ class ControlNetSynth(GenerativeModule):
         """Embeddings (B, L, D) of the samples' prompts."""
         if self.prompts.template is None:
             return self.prompts.encode(list(batch["prompt"]), self.device)
+        group = torch.zeros(len(batch["id"]), dtype=torch.int64, device=self.device)
         if self.prompts.num_groups:
-            return self.prompts(batch["attributes"][str(self.attribute)], sampling)
-        return self.prompts(torch.zeros(len(batch["id"]), dtype=torch.int64, device=self.device), sampling)
+            group = batch["attributes"][str(self.attribute)]
+        prompts: Tensor = self.prompts(group, sampling)
+        return prompts
 
     def _drop(self, prompts: Tensor) -> Tensor:
         """The empty prompt instead of a share of the prompts."""
@@ -435,29 +442,35 @@ class ControlNetSynth(GenerativeModule):
             )
 
     def _check_batch(self, batch: Sample) -> None:
-        """Check a training batch; on an accelerator only the first one's classes, which would make every step wait."""
+        """Check a training batch; on an accelerator only the first one's values, which would make every step wait."""
+        self._check_keys(batch)
         for name in ("image", self._condition_key):
-            if tuple(batch[name].shape[-2:]) != self.image_size and not self._any_aspect(name):  # type: ignore[literal-required]
+            size = tuple(batch[name].shape[-2:])  # type: ignore[literal-required]
+            if size != self.image_size and not self._any_aspect(name):
                 raise ValueError(
-                    f"'{name}' of sample {batch['id'][0]!r} has size {tuple(batch[name].shape[-2:])}; "  # type: ignore[literal-required]
-                    f"image and {self._condition_key} must have image_size, {self.image_size}."
+                    f"'{name}' of sample {batch['id'][0]!r} has size {size}; image and {self._condition_key} must have "
+                    f"image_size, {self.image_size}."
                 )
         if not self._checked or batch["image"].device.type == "cpu":
-            self._check_condition(batch)
+            self._check_values(batch)
             self._checked = True
 
-    def _check_condition(self, batch: Sample) -> None:
-        """Check what the control branch and the prompt are made of."""
-        key, prompt = self._condition_key, self.hparams["prompt"]
+    def _check_keys(self, batch: Sample) -> None:
+        wanted = {self._condition_key: f"condition='{self.hparams['condition']}'"}
+        if self.hparams["prompt"] is None:
+            wanted["prompt"] = "prompt=None"
+        for key, reason in wanted.items():
+            if key not in batch:
+                raise ValueError(f"'{batch['id'][0]}' has {sorted(batch)}; {reason} needs '{key}'.")
+
+    def _check_values(self, batch: Sample) -> None:
+        """Check what the control branch is given; this waits for the device."""
+        key = self._condition_key
         where = f"'{key}' of {batch['id'][0]!r}"
-        if key not in batch or (prompt is None and "prompt" not in batch):
-            wanted = f"condition='{self.hparams['condition']}' needs '{key}', and prompt={prompt!r} "
-            wanted += "needs 'prompt'" if prompt is None else "nothing"
-            raise ValueError(f"the batch of {batch['id'][0]!r} has {sorted(batch)}; {wanted}.")
         if key == "mask":
             check_labels(batch["mask"], self.hparams["num_classes"], self.image_size, where, self._any_aspect(key))
         elif tuple(batch["edge"].shape[1:]) != (1, *self.image_size):
-            raise ValueError(f"{where} is {tuple(batch['edge'].shape)}; expected is (B, {(1, *self.image_size)}).")
+            raise ValueError(f"{where} has shape {tuple(batch['edge'].shape)}; expected is (B, 1, *{self.image_size}).")
 
     @property
     def _condition_key(self) -> str:

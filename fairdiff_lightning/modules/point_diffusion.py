@@ -203,7 +203,7 @@ class PointDiffusion(GenerativeModule):
             group = self._group_of(batch).cpu() if self.attribute else torch.full((len(points),), UNKNOWN)
             self._check_known(group)
             counts += torch.bincount(group.where(group != UNKNOWN, len(counts) - 1), minlength=len(counts))
-        if self._trainer is not None:
+        if self._trainer is not None and self.trainer.world_size > 1:
             device = self.trainer.strategy.root_device
             sums, counts = (self.trainer.strategy.reduce(x.to(device), reduce_op="sum") for x in (sums, counts))
         if self.normalization == "reference":
@@ -225,7 +225,8 @@ class PointDiffusion(GenerativeModule):
 
     def denormalize(self, points: Tensor) -> Tensor:
         """What the network sees (..., 3) to points in pixels."""
-        return points * self.scale.to(points) + self.shift.to(points)
+        shift, scale = self.shift.to(points.device), self.scale.to(points.device)
+        return points * scale.to(points.dtype) + shift.to(points.dtype)
 
     def forward(self, points: Tensor, steps: Tensor, latent: Tensor, group: Tensor | None = None) -> Tensor:
         """What the diffusion predicts (B, N, 3) for normalised noisy points at their steps (B,), from 0 on."""
@@ -236,7 +237,7 @@ class PointDiffusion(GenerativeModule):
         """Terms of the bound on a batch's likelihood; the noise term is a mean over points, as in the reference."""
         draws = generators(batch["seed"]) if "seed" in batch else None
         points, group = self.normalize(self._checked_points(batch)), self.group(batch)
-        mean, log_variance = self.network.encode(points)
+        mean, log_variance = (code.to(points.dtype) for code in self.network.encode(points))  # from autocast
         latent = mean + (0.5 * log_variance).exp() * gaussian(mean, draws)
         steps, noise = timesteps(points, len(self.times), draws), gaussian(points, draws)
         prediction = self(self.scheduler.add_noise(points, noise, steps), steps, latent, group)
@@ -341,7 +342,7 @@ class PointDiffusion(GenerativeModule):
         if not 1 <= steps <= len(self.times):
             raise ValueError(f"num_steps must lie between 1 and {len(self.times)}, but is {steps}.")
         device = torch.device("cpu") if self.device.type == "mps" else self.device  # which has no float64
-        network = deepcopy(self.network).to(device, torch.float64)
+        network = deepcopy(self.network).to(device).double()
         group = group.to(device) if group is not None and self.attribute else None
         sampler = build_scheduler(self.sampler, self.hparams["sampler_args"], like=self.scheduler)
         sampler.set_timesteps(steps)
@@ -355,7 +356,7 @@ class PointDiffusion(GenerativeModule):
                 time = self.times[int(step)].to(device).expand(len(seeds))
                 prediction = network(sampler.scale_model_input(points, step), time, latent, group)
                 points = sampler.step(prediction, step, points, **stochastic).prev_sample
-        return self.denormalize(points).to(self.device, torch.float32)
+        return self.denormalize(points).float().to(self.device)
 
     def on_validation_epoch_start(self) -> None:
         """Forget the clouds of the validation before."""

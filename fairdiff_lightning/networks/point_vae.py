@@ -70,8 +70,9 @@ class PointVAE(nn.Module):
         return mean, log_variance
 
     def log_prior(self, latent: Tensor, group: Tensor | None = None) -> Tensor:
-        """Log-density (B,) of latent codes."""
-        noise, log_determinant = self.flow(latent)
+        """Log-density (B,) of latent codes, in their precision, under autocast too."""
+        with torch.autocast(latent.device.type, enabled=False):
+            noise, log_determinant = self.flow(latent)
         if group is not None:
             noise = noise - self._of_group(self.prior_mean, group)
         density: Tensor = standard_normal_log_density(noise) + log_determinant

@@ -1,6 +1,5 @@
 import pytest
 import torch
-
 from tiny_stable_diffusion import SD15_NOISE
 
 from fairdiff_lightning.diffusion import build_scheduler

@@ -1,5 +1,6 @@
 import copy
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -227,11 +228,13 @@ def test_text_dropout_replaces_prompts_by_the_empty_one(sd):
     assert latent(sd, reference_behaviour=True).text_dropout == 0
 
 
-def test_bf16_trains(tmp_path):
-    module = tiny(num_validation_samples=0)
-    run = trainer(tmp_path, max_steps=2, precision="bf16-mixed")
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_bf16_trains_and_samples(sd, tmp_path, precision):
+    module = latent(sd, num_validation_samples=1)
+    run = trainer(tmp_path, max_steps=2, precision=precision)
     run.fit(module, Contract())
     assert bool(torch.isfinite(run.callback_metrics["train/loss"]))
+    assert run.predict(module, DataLoader([batch(2)], batch_size=None))[0]["image"].dtype == torch.float32
 
 
 # samples
@@ -418,7 +421,7 @@ def test_a_segmenter_of_other_classes_cannot_judge(tmp_path):
     run.save_checkpoint(tmp_path / "two.ckpt")
     with pytest.raises(ValueError, match="its num_classes is 2, the generator's is 3"):
         trainer(tmp_path).validate(tiny(adherence=str(tmp_path / "two.ckpt")), Contract())
-    with pytest.raises(FileNotFoundError, match="no checkpoint of a segmenter at 'nowhere.ckpt'"):
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint of a segmenter at 'nowhere\.ckpt'"):
         trainer(tmp_path).validate(tiny(adherence="nowhere.ckpt"), Contract())
 
 
@@ -524,7 +527,7 @@ def test_arguments_of_the_tiny_base_are_refused_elsewhere(sd):
 def test_a_source_without_a_controlnet_is_refused(sd, tmp_path):
     with pytest.raises(ValueError, match="holds a UNet2DConditionModel; expected is a ControlNetModel"):
         ControlNetSynth(base=sd, **PLAIN, controlnet=f"{sd}/unet")
-    with pytest.raises(ValueError, match="no folder with a ControlNet's config.json"):
+    with pytest.raises(ValueError, match=r"no folder with a ControlNet's config\.json"):
         ControlNetSynth(base=sd, **PLAIN, controlnet=sd)
     torch.save({"model.diffusion_model.out.2.bias": torch.zeros(4)}, tmp_path / "sd.ckpt")
     with pytest.raises(ValueError, match=r"holds no 'control_model\.\*'"):
@@ -554,8 +557,11 @@ def test_requests_that_do_not_fit_are_refused(extra, message):
 def test_requests_without_a_condition_are_refused():
     made = batch()
     del made["mask"]
-    with pytest.raises(ValueError, match="condition='one_hot' needs 'mask'"):
-        tiny().generate(made)
+    for answer in (tiny().generate, tiny().losses):
+        with pytest.raises(ValueError, match="condition='one_hot' needs 'mask'"):
+            answer(made)
+    with pytest.raises(ValueError, match=r"'edge' of 's0' has shape \(3, 1, 8, 8\)"):
+        tiny(condition="edge").generate(batch(edge=torch.zeros(3, 1, 8, 8)))
     with pytest.raises(ValueError, match="condition='edge' needs 'edge'"):
         tiny(condition="edge").generate(batch())
 
@@ -577,6 +583,7 @@ def test_training_samples_of_another_size_or_class_are_refused():
         ({"prompt": None}, "no text encoder"),
         ({"negative_prompt": "blurry"}, "no text encoder"),
         ({"image_size": 30}, "multiples of 4"),
+        ({"trained": "controlnet"}, "base='tiny' has no trained weights to keep; train 'all' of it"),
         ({"sampler": "NoScheduler"}, "scheduler 'NoScheduler' is not known"),
     ],
 )
@@ -606,3 +613,27 @@ def test_group_names_are_asked_for_when_nobody_gives_them(sd):
 def test_data_that_do_not_fit_are_refused_before_training(tmp_path, facts, message):
     with pytest.raises(ValueError, match=message):
         trainer(tmp_path).fit(tiny(), Contract(**facts))
+
+
+# configurations
+
+
+@pytest.mark.parametrize("name", ["fairseg", "demo"])
+def test_configurations_train_and_predict(sd, tmp_path, monkeypatch, name):
+    from fairdiff_lightning.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SD15", sd)
+    monkeypatch.delenv("CONTROLNET", raising=False)
+    monkeypatch.delenv("FAIRSEG_ROOT", raising=False)
+    file = {"fairseg": "fairseg/controlnet.yaml", "demo": "demo/fairseg_controlnet.yaml"}[name]
+    small = ["--data.image_size=32", "--data.batch_size=2", "--data.num_workers=0", "--trainer.fast_dev_run=1"]
+    given = [
+        "--config",
+        str(Path(__file__).parents[2] / "configs" / file),
+        *small,
+        "--trainer.accelerator=cpu",
+        "--model.num_steps=2",
+    ]
+    main(["fit", *given])
+    main(["predict", *given, "--data.generate.per_group=1", "--data.generate.masks=train"])

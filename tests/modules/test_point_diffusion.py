@@ -1,4 +1,5 @@
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -193,11 +194,24 @@ def test_losses_come_from_the_seed_and_no_sample_meets_another_in_evaluation():
     torch.testing.assert_close(torch.stack(apart).mean(), losses["loss"], rtol=1e-4, atol=1e-4)
 
 
-def test_every_parameter_gets_a_gradient_and_no_step_waits_for_the_device():
+def test_bfloat16_changes_the_losses_by_its_rounding_only():
+    module = PointDiffusion(**SMALL, **RACES).eval()
+    batch = collate([sample(i) for i in range(4)]) | {"seed": torch.tensor([1, 2, 3, 4])}
+    exact = module.losses(batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded, clouds = module.losses(batch), module.sample(2)
+    for name, value in exact.items():
+        assert rounded[name].dtype == torch.float32
+        assert float(rounded[name]) == pytest.approx(float(value), rel=0.02)
+    torch.testing.assert_close(clouds, module.sample(2))
+
+
+def test_every_parameter_gets_a_gradient_and_no_step_waits_for_the_device(monkeypatch):
     module = PointDiffusion(**SMALL, **RACES)
     batch = collate([sample(i) for i in (0, 3, 4)])
     module.losses(batch)["loss"].backward()
     assert all(p.grad is not None for p in module.parameters())
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # which knows no meta device
     module.to("meta")  # where nothing has a value: what asks for one raises
     points, group = batch["points"].to("meta"), batch["attributes"]["race"].to("meta")
     module.losses({"id": batch["id"], "points": points, "attributes": {"race": group}})["loss"].backward()
