@@ -32,7 +32,9 @@ start=$SECONDS
 
 say() { printf '\n== %s (%d s)\n' "$1" $((SECONDS - start)); }
 
-checkpoint() { find "$1" -name "$2.ckpt" -printf '%T@ %p\n' 2>/dev/null | sort -n | tail -n 1 | cut -d' ' -f2-; }
+checkpoint() { # folder, name: the newest, nothing when there is none
+  if [ -d "$1" ]; then find "$1" -name "$2.ckpt" -exec ls -t {} + | head -n 1; fi
+}
 
 train() { # folder, arguments: begins, or goes on from the last checkpoint
   local folder=$1; shift
