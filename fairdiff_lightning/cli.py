@@ -11,7 +11,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_warn
 
-import fairdiff_lightning.data  # noqa: F401 - makes bare class names known to the parser
+import fairdiff_lightning.callbacks.generation_metrics
+import fairdiff_lightning.data  # noqa: F401 - these make bare class names known to the parser
 from fairdiff_lightning.callbacks import (
     EpochSeed,
     ExpertUsageHeatMap,

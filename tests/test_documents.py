@@ -63,7 +63,8 @@ def test_commands_run(command, repository, monkeypatch):
         assert f"VENV := {words[1].split('/')[0]}" in (REPOSITORY / "Makefile").read_text()
     else:
         assert words[0] == "fairdiff"
-        given = [at_hand(w) for w in words[1:] if not w.startswith(("--data.root", "--ckpt_path"))]
+        given = [at_hand(w) for w in words[1:] if not w.startswith(("--data.root", "--ckpt_path", "--data.total"))]
+        given += ["--data.total=30"] if "--data.balance=equal_scale" in words else []
         part = kind(" ".join(w for w in words if "configs" in w))
         network = [] if any("unet.yaml" in w and "trans" not in w for w in words) else PARTS[part]
         size = [] if "--data.image_size=null" in words else ["--data.image_size=32"]
@@ -77,8 +78,8 @@ def at_hand(word):
         sample = {"image": torch.rand(1, 32, 32), "mask": torch.ones(1, 32, 32), "synthetic": torch.tensor(True)}
         for race in range(3):
             FairSeg().write(folder, {**sample, "id": f"made-{race}", "attributes": {"race": torch.tensor(race)}})
-    if word.startswith(("--data.total=", "--data.generate.total=")):
-        return word.split("=")[0] + "=120"
+    if word.startswith("--data.generate.total="):
+        return "--data.generate.total=120"
     if word.startswith("--data.generate.masks="):
         return "--data.generate.masks=train"
     if word == "--trainer.callbacks.extractor=inception":
@@ -86,8 +87,9 @@ def at_hand(word):
     return word
 
 
-@pytest.mark.parametrize("code", blocks("python"))
-def test_python_runs(code, repository):
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_python_runs(document, repository):
+    code = "\n".join(re.findall(r"```python\n(.*?)```", document.read_text(), re.DOTALL))
     for clinic in ("north", "south"):
         (repository / "clinics" / clinic).mkdir(parents=True)
         for i in range(6):
