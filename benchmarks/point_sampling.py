@@ -23,7 +23,7 @@ from fairdiff_lightning.modules import PointDiffusion
 
 CONFIG = Path(__file__).parents[1] / "configs" / "demo" / "fairseg_points.yaml"
 SAMPLERS = {"DDPM": "DDPMScheduler", "DDIM": "DDIMScheduler", "DPM-Solver++": "DPMSolverMultistepScheduler"}
-SETTINGS = [("DDPM", 100, 64), ("DDIM", 20, 64), *(("DPM-Solver++", n, b) for n in (20, 10, 5) for b in (1, 8, 64))]
+SETTINGS = [("DDPM", 100, 64), ("DDIM", 20, 64), *(("DPM-Solver++", n, b) for n in (20, 10, 7, 5) for b in (1, 8, 64))]
 
 
 def held_out_clouds(checkpoint: str | None, device: str) -> tuple[PointDiffusion, Tensor, Tensor]:

@@ -20,6 +20,7 @@ from fairdiff_lightning.diffusion.guidance import guide
 from fairdiff_lightning.diffusion.noise import Generators
 from fairdiff_lightning.diffusion.weighting import min_snr_weights
 from fairdiff_lightning.modules.adherence import MaskJudge
+from fairdiff_lightning.modules.data_facts import check_data, chosen_attribute
 from fairdiff_lightning.modules.generative import GenerativeModule
 from fairdiff_lightning.networks.checkpoint import LoadReport, Source, check_state_dict, describe, read_state_dict
 from fairdiff_lightning.networks.cldm import load_cldm, load_cldm_autoencoder, load_cldm_text_encoder, to_cldm
@@ -145,7 +146,7 @@ class ControlNetSynth(GenerativeModule):
         self.unet, self.vae, self.factor = parts.unet, parts.vae, parts.factor
         self.prompts = Prompts(
             prompt,
-            self._count_prompted_groups(),
+            sum(self._prompted_groups().values()),
             parts.prompts,
             self.unet.config.cross_attention_dim,
             negative_prompt,
@@ -173,7 +174,8 @@ class ControlNetSynth(GenerativeModule):
     def setup(self, stage: str) -> None:
         """Check that the data are what the networks were built for, learn the groups' names, and compile."""
         data: Any = getattr(self.trainer, "datamodule", None)
-        self._check_data(data)
+        facts = {name: self.hparams[name] for name in ("num_classes", "in_channels")}
+        check_data(data, self._prompted_groups(), **facts, image_size=self.image_size)
         self._checked = False
         h = self.hparams
         if h["group_names"] is None and self.prompts.num_groups and hasattr(data, "attribute_groups"):
@@ -406,18 +408,13 @@ class ControlNetSynth(GenerativeModule):
         frozen += self.prompts.encoder.encoder.parameters() if self.prompts.encoder else []
         return torch.tensor([float(p.double().sum()) for p in frozen])
 
-    def _count_prompted_groups(self) -> int:
-        """Groups that the prompt distinguishes."""
+    def _prompted_groups(self) -> dict[str, int]:
+        """The attribute that the prompt names and its number of groups; empty when it names none."""
         if GROUP not in (self.hparams["prompt"] or ""):
-            return 0
+            return {}
         num_groups: dict[str, int] = self.hparams["num_groups"] or {}
-        if self.attribute not in num_groups:
-            known = ", ".join(f"{a} ({n} groups)" for a, n in num_groups.items()) or "none"
-            raise ValueError(
-                f"the prompt names the group of attribute={self.attribute!r}, and num_groups names {known}. Give "
-                "num_groups={'<attribute>': <groups>}; with the CLI it comes from the data module's `attributes`."
-            )
-        return num_groups[self.attribute]
+        attribute = chosen_attribute(self.hparams["attribute"], num_groups, needed=True)
+        return {str(attribute): num_groups[str(attribute)]}
 
     def _check_sizes(self) -> None:
         if any(side % self.factor for side in self.image_size):
@@ -426,19 +423,6 @@ class ControlNetSynth(GenerativeModule):
         if given not in (1, wanted):
             raise ValueError(
                 f"in_channels {given}: the base makes images of {wanted} channels, which serve 1 or {wanted}."
-            )
-
-    def _check_data(self, data: Any) -> None:
-        for name in ("num_classes", "in_channels", "image_size"):
-            has, built = getattr(data, name, None), self.hparams[name]
-            if has is not None and has != (self.image_size if name == "image_size" else built):
-                raise ValueError(f"{name}: {type(data).__name__} has {has}, the networks were built for {built}.")
-        has = getattr(data, "num_groups", None)
-        if self.prompts.num_groups and has is not None and has.get(self.attribute) != self.prompts.num_groups:
-            raise ValueError(
-                f"attribute '{self.attribute}': {type(data).__name__} has "
-                f"{has.get(self.attribute, 'no such attribute')!s} groups, the module was built for "
-                f"{self.prompts.num_groups}."
             )
 
     def _check_batch(self, batch: Sample) -> None:

@@ -20,6 +20,7 @@ from fairdiff_lightning.diffusion import build_scheduler, gaussian, generators, 
 from fairdiff_lightning.geometry import DISC_AND_CUP, StructureSpec, points_to_mask, points_to_masks
 from fairdiff_lightning.geometry.filling import DecodeMethod
 from fairdiff_lightning.metrics.generation import generation_scores
+from fairdiff_lightning.modules.data_facts import check_data, chosen_attribute
 from fairdiff_lightning.modules.generative import GenerativeModule
 from fairdiff_lightning.networks.checkpoint import LoadReport, Source, check_state_dict, describe, read_state_dict
 from fairdiff_lightning.networks.point_vae import LATENT_DIM, PointVAE, gaussian_entropy
@@ -167,7 +168,7 @@ class PointDiffusion(GenerativeModule):
         if reference_behaviour:
             self.sampler, self.num_steps = "DDPMScheduler", len(self.scheduler.betas)
         self.num_groups = dict(num_groups or {})
-        self.attribute = self._checked_attribute(attribute) if conditional else None
+        self.attribute = chosen_attribute(attribute, self.num_groups) if conditional else None
         groups = self.num_groups[self.attribute] if self.attribute else 0
         self.network = PointVAE(groups)
         self.monitor = "val/mmd" if num_validation_samples else "val/loss"
@@ -387,6 +388,7 @@ class PointDiffusion(GenerativeModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Say by name what does not fit when the checkpoint is of another architecture."""
+        super().on_load_checkpoint(checkpoint)
         check_state_dict(checkpoint["state_dict"], self.state_dict(), "checkpoint")
 
     def load_reference_weights(self, source: Source, statistics: Source | None = None) -> LoadReport:
@@ -481,36 +483,14 @@ class PointDiffusion(GenerativeModule):
             )
         return points
 
-    def _checked_attribute(self, attribute: str | None) -> str | None:
-        if attribute is None:
-            return next(iter(self.num_groups), None)
-        if attribute not in self.num_groups:
-            known = ", ".join(f"{a} ({n} groups)" for a, n in self.num_groups.items()) or "none"
-            raise ValueError(
-                f"attribute={attribute!r}: num_groups names {known}. Give num_groups={{'<attribute>': <groups>}}; with "
-                "the CLI it comes from the data module's `attributes`."
-            )
-        return attribute
-
     def _check_data(self, data: Any, stage: str) -> None:
-        name = type(data).__name__
         if stage != "predict" and hasattr(data, "num_points") and data.num_points != self.num_points:
             raise ValueError(
-                f"{name}.num_points is {data.num_points}, the module's is {self.num_points}: set "
+                f"{type(data).__name__}.num_points is {data.num_points}, the module's is {self.num_points}: set "
                 f"--data.num_points={self.num_points}, or the module's to the data's."
             )
-        classes = len(self.structures) + 1
-        if getattr(data, "num_classes", classes) != classes:
-            raise ValueError(f"num_classes: {name} has {data.num_classes}, the module was built for {classes}.")
-        size = getattr(data, "image_size", None)
-        if size is not None and tuple(size) != self.image_size:
-            raise ValueError(f"image_size: {name} has {tuple(size)}, the module was built for {self.image_size}.")
-        has = getattr(data, "num_groups", None)
-        if self.attribute and has is not None and has.get(self.attribute) != self.num_groups[self.attribute]:
-            raise ValueError(
-                f"attribute '{self.attribute}': {name} has {has.get(self.attribute, 'no such attribute')!s} groups, "
-                f"the module was built for {self.num_groups[self.attribute]}."
-            )
+        groups = {self.attribute: self.num_groups[self.attribute]} if self.attribute else {}
+        check_data(data, groups, num_classes=len(self.structures) + 1, image_size=self.image_size)
 
 
 def _structures(num_classes: int) -> StructureSpec:

@@ -16,6 +16,7 @@ from fairdiff_lightning.losses import FEBSLoss, FocalLoss, dice_ce_loss
 from fairdiff_lightning.metrics import GroupedScores
 from fairdiff_lightning.metrics.functional import EmptyPolicy, dice_score, equity_scaled
 from fairdiff_lightning.metrics.surface import SurfaceEmptyPolicy, surface_scores
+from fairdiff_lightning.modules.data_facts import check_data, chosen_attribute
 from fairdiff_lightning.modules.optimization import configure
 from fairdiff_lightning.networks.build import NetworkName, build_network
 from fairdiff_lightning.networks.checkpoint import LoadReport, Source, check_state_dict, describe, read_state_dict
@@ -96,7 +97,7 @@ class Segmenter(LightningModule):
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self.empty: EmptyPolicy = "reference" if reference_behaviour else empty
         self.num_groups = dict(num_groups or {})
-        self.attribute = self._checked_attribute(attribute, needed=loss == "febs")
+        self.attribute = chosen_attribute(attribute, self.num_groups, needed=loss == "febs")
         self.network = build_network(
             network, in_channels, num_classes, image_size or roi_size, self.network_arguments()
         )
@@ -120,7 +121,8 @@ class Segmenter(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Check that the data are what the network was built for, load what training starts from, and compile."""
-        self._check_data(getattr(self.trainer, "datamodule", None))
+        facts = {name: self.hparams[name] for name in ("num_classes", "in_channels")}
+        check_data(getattr(self.trainer, "datamodule", None), self.num_groups, **facts)
         if stage == "fit" and self._init_from is not None:
             self.load_network(self._init_from)
             self._init_from = None
@@ -291,30 +293,6 @@ class Segmenter(LightningModule):
         return nn.ModuleDict(
             {name: nn.ModuleDict({a: GroupedScores(classes, n) for a, n in groups.items()}) for name in metrics}
         )
-
-    def _checked_attribute(self, attribute: str | None, needed: bool) -> str | None:
-        if attribute is None and self.num_groups:
-            return next(iter(self.num_groups))
-        if (attribute is None and needed) or (attribute is not None and attribute not in self.num_groups):
-            known = ", ".join(f"{a} ({n} groups)" for a, n in self.num_groups.items()) or "none"
-            raise ValueError(
-                f"attribute={attribute!r}: num_groups names {known}. Give num_groups={{'<attribute>': <groups>}}; with "
-                "the CLI it comes from the data module's `attributes`."
-            )
-        return attribute
-
-    def _check_data(self, data: Any) -> None:
-        for name in ("num_classes", "in_channels"):
-            has, built = getattr(data, name, None), self.hparams[name]
-            if has is not None and has != built:
-                raise ValueError(f"{name}: {type(data).__name__} has {has}, the network was built for {built}.")
-        has = getattr(data, "num_groups", None)
-        for attribute, built in self.num_groups.items():
-            if has is not None and has.get(attribute) != built:
-                raise ValueError(
-                    f"attribute '{attribute}': {type(data).__name__} has "
-                    f"{has.get(attribute, 'no such attribute')!s} groups, the module was built for {built}."
-                )
 
 
 def _group_channel(group: Tensor, image: Tensor) -> Tensor:

@@ -221,7 +221,7 @@ class PointDenoiser(nn.Module):
         for i, layer in enumerate(self.layers):
             x = layer(x, context)
             if i < len(self.layers) - 1:
-                x = F.leaky_relu(x)
+                x = F.leaky_relu(x, inplace=True)
         return points + x
 
     def reference_tensors(self) -> Iterator[tuple[str, Tensor]]:

@@ -88,8 +88,8 @@ class Prompts(nn.Module):
             if template is None or negative:
                 raise ValueError(
                     f"prompt={template!r}, negative_prompt={negative!r}: the base has no text encoder, so it learns "
-                    "one embedding for each prompt that is known beforehand. Give a constant prompt or one with {group}, "
-                    "and no negative prompt; or a base with a text encoder."
+                    "one embedding for each prompt that is known beforehand. Give a constant prompt or one with "
+                    "{group}, and no negative prompt; or a base with a text encoder."
                 )
             self.learned = nn.Parameter(torch.randn(num_groups + 1 + 1, LEARNED_TOKENS, dim))  # the last is empty
 

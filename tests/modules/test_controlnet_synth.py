@@ -578,8 +578,8 @@ def test_training_samples_of_another_size_or_class_are_refused():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"num_groups": None}, "names the group of attribute=None, and num_groups names none"),
-        ({"attribute": "gender"}, r"attribute='gender', and num_groups names race \(3 groups\)"),
+        ({"num_groups": None}, "attribute=None: num_groups names none"),
+        ({"attribute": "gender"}, r"attribute='gender': num_groups names race \(3 groups\)"),
         ({"prompt": None}, "no text encoder"),
         ({"negative_prompt": "blurry"}, "no text encoder"),
         ({"image_size": 30}, "multiples of 4"),

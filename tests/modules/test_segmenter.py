@@ -157,7 +157,7 @@ def test_a_checkpoint_reloads_when_what_it_started_from_is_gone(tmp_path):
 @pytest.mark.parametrize(
     ("facts", "message"),
     [
-        ({"num_classes": 2}, "num_classes: Contract has 2, the network was built for 3"),
+        ({"num_classes": 2}, "num_classes: Contract has 2, the module was built for 3"),
         ({"in_channels": 3}, "in_channels: Contract has 3"),
         ({"num_groups": {"race": 5}}, "'race': Contract has 5 groups, the module was built for 3"),
         ({"num_groups": {"age": 5}}, "no such attribute"),
