@@ -20,8 +20,8 @@ MIN_DENSE = 32
 """Points of a structure from which noise and outliers can be told from its shape."""
 OUTLIER_DEVIATIONS, OUTLIER_RADIUS = 6.0, 0.1
 """An outlier is off by more than both: robust standard deviations of the radii, and a share of the median radius."""
-NOISE_FACTOR = 3.0
-"""Noise power taken from each harmonic, in units of its mean: pure noise exceeds three with probability exp(-3)."""
+NOISE_FACTOR = 8.0
+"""Noise power taken from each harmonic, in units of its mean: pure noise exceeds eight with probability exp(-8)."""
 MEDIAN_STEPS = 8
 
 
