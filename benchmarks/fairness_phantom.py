@@ -3,8 +3,9 @@
 ``python benchmarks/fairness_phantom.py``: every method gets the same network, optimizer and number of steps; FEBS, as
 in its paper, spends the last quarter of them fine-tuning. Equal Scale (FairSeg only) fills the small groups up to the
 largest with synthetic samples of one PointDiffusion and one ControlNetSynth trained here; "real masks" leaves out the
-first. Scores are averaged over the seeds for each test image, and the intervals (95 %) resample the test images within
-their groups.
+first, "fresh phantoms" both: samples as a generator without faults would make them, the most that Equal Scale can give.
+Scores are averaged over the seeds for each test image, and the intervals (95 %) resample the test images within their
+groups.
 """
 
 from __future__ import annotations
@@ -14,11 +15,17 @@ import os
 import time
 from pathlib import Path
 
+import numpy as np
+import torch
 from timing import machine
 
 from fairdiff_lightning.callbacks.comparison import compare_runs
 from fairdiff_lightning.cli import main, newest_checkpoint
 from fairdiff_lightning.data import HAM10000, FairSeg
+from fairdiff_lightning.data.fairseg import PHANTOM_LOOKS, PHANTOM_SIZE
+from fairdiff_lightning.data.native import to_image_tensor
+from fairdiff_lightning.data.phantoms import slo_fundus
+from fairdiff_lightning.data.sample import Sample
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "demo"
 QUIET = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
@@ -32,6 +39,7 @@ ARGUMENTS = {
     "dMoE": ["dmoe"],
     "Equal Scale": EQUAL_SCALE,
     "Equal Scale, real masks": EQUAL_SCALE,
+    "Equal Scale, fresh phantoms": EQUAL_SCALE,
     "Equal Scale, dMoE": ["dmoe", *EQUAL_SCALE[1:]],
 }
 ATTRIBUTES = {"fairseg": "race", "ham10000": "age"}
@@ -53,11 +61,28 @@ def generate(folder: Path) -> dict[str, Path]:
     plan[-1] = f"--ckpt_path={newest_checkpoint(folder / 'controlnet', 'last')}"
     main(["predict", *controlnet, at["real_masks"], *plan, "--data.generate.masks=train"])
     made = folder / "controlnet" / "synthetic"
+    draw_fresh_phantoms(folder / "fresh_phantoms")
     return {
         "Equal Scale": made,
         "Equal Scale, dMoE": made,
         "Equal Scale, real masks": folder / "real_masks" / "synthetic",
+        "Equal Scale, fresh phantoms": folder / "fresh_phantoms",
     }
+
+
+def draw_fresh_phantoms(folder: Path) -> None:
+    """Enough phantoms that are in no split, of each group but the largest."""
+    for group, look in enumerate(PHANTOM_LOOKS[:-1]):
+        for k in range(TOTAL // len(PHANTOM_LOOKS)):
+            image, mask = slo_fundus(np.random.default_rng([1, group, k]), PHANTOM_SIZE, look)
+            sample: Sample = {
+                "id": f"fresh_{group}_{k:05d}",
+                "image": to_image_tensor(image),
+                "mask": torch.from_numpy(mask.astype(np.int64))[None],
+                "attributes": {"race": torch.tensor(group)},
+                "synthetic": torch.tensor(True),
+            }
+            FairSeg().write(folder, sample)
 
 
 def train_and_test(
@@ -87,12 +112,12 @@ if __name__ == "__main__":
     parser.add_argument("--methods", nargs="+", choices=list(ARGUMENTS), default=list(ARGUMENTS))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--folder", type=Path, default=Path("runs") / "fairness_phantom")
+    parser.add_argument("--folder", type=Path, default=Path("runs") / "fairness_phantom", help="a new one below it")
     args = parser.parse_args()
     os.environ.setdefault("PYTHONWARNINGS", "ignore")
     attribute = ATTRIBUTES[args.dataset]
     names = DATASETS[args.dataset]().attributes[attribute].groups
-    start, folder = time.time(), args.folder / args.dataset
+    start, folder = time.time(), args.folder / f"{args.dataset}-{time.strftime('%Y%m%d-%H%M%S')}"
     needs_synthetic = [m for m in args.methods if m.startswith("Equal Scale") and args.dataset == "fairseg"]
     synthetic = generate(folder / "generators") if needs_synthetic else {}
     methods = [m for m in args.methods if m in synthetic or not m.startswith("Equal Scale")]

@@ -23,9 +23,13 @@ def newest(folder: str) -> Path:
 
 def main(runs: list[str], attribute: str | None = None, output: str | None = None) -> None:
     """Compare runs given as ``name=folder``."""
+    if any("=" not in run for run in runs):
+        raise SystemExit(f"{runs}: give each run as name=folder, for example 'real only=runs/fairdiff/real'.")
     reports = {name: newest(folder) for name, folder in (run.split("=", 1) for run in runs)}
     attributes = json.loads(next(iter(reports.values())).read_text())["attributes"]
     attribute = attribute or next(iter(attributes))
+    if attribute not in attributes:
+        raise SystemExit(f"--attribute {attribute}: the first run reports {', '.join(attributes)}.")
     cases = {name: [report.with_name("cases.csv")] for name, report in reports.items()}
     table = compare_runs(cases, attribute, list(attributes[attribute]["groups"])).markdown()
     print(table)

@@ -30,6 +30,14 @@ quiet=(--trainer.enable_progress_bar=false --trainer.enable_model_summary=false)
 scale=(--data.generate.equal_scale=true ${TOTAL:+"--data.generate.total=$TOTAL"})
 start=$SECONDS
 
+settings="DATA=$DATA KIND=$KIND TOTAL=$TOTAL STEPS=$STEPS"
+mkdir -p "$OUT"
+if [ -f "$OUT/settings" ] && [ "$(cat "$OUT/settings")" != "$settings" ]; then
+  echo "$OUT was made with $(cat "$OUT/settings"), this run has $settings: set OUT to another folder, or remove it." >&2
+  exit 2
+fi
+echo "$settings" > "$OUT/settings"
+
 say() { printf '\n== %s (%d s)\n' "$1" $((SECONDS - start)); }
 
 checkpoint() { # folder, name: the newest, nothing when there is none
@@ -45,7 +53,9 @@ train() { # folder, arguments: begins, or goes on from the last checkpoint
 generate() { # folder, arguments: samples that exist are not made again
   local folder=$1; shift
   fairdiff predict "$@" "${data[@]}" "${quiet[@]}" "${scale[@]}" "--trainer.default_root_dir=$folder" --ckpt_path=last
-  echo "$(($(wc -l < "$folder/synthetic/manifest.csv") - 1)) samples in $folder/synthetic"
+  local made=$(($(wc -l < "$folder/synthetic/manifest.csv") - 1))
+  [ "$made" -gt 0 ] || { echo "No group lacks samples for an Equal-Scale set of this size: give a larger TOTAL." >&2; exit 1; }
+  echo "$made samples in $folder/synthetic"
 }
 
 segment() { # name, arguments

@@ -36,8 +36,9 @@ def main(synthetic: str, output: str, root: str | None = None, attribute: str = 
         "mask": [class_colours(sample["mask"]) for sample in right],
         "synthetic": [sample["image"] for sample in right],
     }
+    titles = [names[int(sample["attributes"][attribute])] for sample in right]
     with atomic_path(Path(output)) as path:
-        picture_grid(rows, [names[int(sample["attributes"][attribute])] for sample in right]).savefig(path, dpi=160)
+        picture_grid(rows, titles).savefig(path, dpi=160, format="png")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import csv
 import os
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -70,31 +71,69 @@ def test_every_shipped_generator_trains_and_generates(config):
             assert ("slo_fundus" in archive.files) == (kind(config) == "controlnet")
 
 
-def recorded(tmp_path):
-    """The commands of the pipeline, from stand-ins that note their arguments."""
+def pipeline(tmp_path, **settings):
+    """Run the pipeline with stand-ins, which note their arguments in ``commands`` and make what the script looks for.
+
+    The stand-in is killed after so many commands as ``KILL_AFTER`` says.
+    """
     stand_in = tmp_path / "bin" / "fairdiff"
-    stand_in.parent.mkdir()
+    stand_in.parent.mkdir(exist_ok=True)
     stand_in.write_text(
         f"#!{sys.executable}\n"
-        "import pathlib, shlex, sys\n"
+        "import os, pathlib, shlex, signal, sys\n"
         "command = shlex.join([pathlib.Path(sys.argv[0]).name, *sys.argv[1:]])\n"
         "with open('commands', 'a') as log: print(command, file=log)\n"
         "folder = next((a.split('=')[1] for a in sys.argv if a.startswith('--trainer.default_root_dir=')), '.')\n"
         "for file in ('synthetic/manifest.csv', 'last.ckpt'):\n"
-        "    path = pathlib.Path(folder, file); path.parent.mkdir(parents=True, exist_ok=True); path.touch()\n"
+        "    path = pathlib.Path(folder, file); path.parent.mkdir(parents=True, exist_ok=True)\n"
+        "    path.write_text('id\\na\\n')\n"
+        "if open('commands').read().count('\\n') == int(os.environ.get('KILL_AFTER', 0)):\n"
+        "    os.kill(os.getppid(), signal.SIGKILL)\n"
     )
     (tmp_path / "bin" / "python").write_text(stand_in.read_text())
     for file in stand_in.parent.iterdir():
         file.chmod(0o755)
-    (tmp_path / "examples").mkdir()
+    (tmp_path / "examples").mkdir(exist_ok=True)
     script = tmp_path / "examples" / "fairdiff_pipeline.sh"
     script.write_text((REPOSITORY / "examples" / "fairdiff_pipeline.sh").read_text())
-    environment = {"PATH": f"{stand_in.parent}:{os.environ['PATH']}", "TOTAL": "477", "STEPS": "3"}
-    subprocess.run(["bash", str(script)], check=True, env=environment, capture_output=True)
+    environment = {"PATH": f"{stand_in.parent}:{os.environ['PATH']}", "TOTAL": "477", "STEPS": "3", **settings}
+    return subprocess.run(["bash", str(script)], env=environment, capture_output=True, text=True)
+
+
+def recorded(tmp_path):
+    """The commands that the stand-ins noted."""
     return [shlex.split(line) for line in (tmp_path / "commands").read_text().splitlines()]
 
 
+def test_a_killed_pipeline_goes_on_from_the_last_checkpoint(tmp_path):
+    assert pipeline(tmp_path, KILL_AFTER="5").returncode == -signal.SIGKILL
+    before = recorded(tmp_path)
+    assert [command[1] for command in before] == ["fit", "test", "fit", "test", "fit"]
+    (tmp_path / "commands").unlink()
+    assert pipeline(tmp_path).returncode == 0
+
+    def folder(command):
+        return next(word.split("=")[1] for word in command if "default_root_dir" in word)
+
+    begun = {folder(command) for command in before if command[1] == "fit"}
+    for command in recorded(tmp_path):
+        if command[1] == "fit":
+            assert (f"--ckpt_path={folder(command)}/last.ckpt" in command) == (folder(command) in begun)
+
+
+def test_the_pipeline_refuses_the_folder_of_other_settings(tmp_path):
+    assert pipeline(tmp_path).returncode == 0
+    (tmp_path / "commands").unlink()
+    again = pipeline(tmp_path, TOTAL="300")
+    assert again.returncode == 2
+    for words in ("TOTAL=477", "TOTAL=300", "set OUT to another folder"):
+        assert words in again.stderr
+    assert not (tmp_path / "commands").exists()
+    assert pipeline(tmp_path, TOTAL="300", OUT="runs/other").returncode == 0
+
+
 def test_the_pipelines_commands_lead_to_the_comparison(tmp_path, capsys, monkeypatch):
+    assert pipeline(tmp_path).returncode == 0
     commands = recorded(tmp_path)
     programs, commands = [c[0] for c in commands], [c[1:] for c in commands]
     assert programs == ["fairdiff"] * 10 + ["python"] * 2

@@ -72,14 +72,14 @@ def compare_runs(
         num_resamples: of the bootstrap.
 
     Raises:
-        ValueError: when the runs were tested on different images.
+        ValueError: when the runs were tested on different images, or a table lacks the attribute or a class.
     """
     tables = {name: [pd.read_csv(path, index_col="id").sort_index() for path in paths] for name, paths in runs.items()}
     first = next(iter(tables.values()))[0]
-    for name, seeds in tables.items():
-        if any(not table.index.equals(first.index) for table in seeds):
-            raise ValueError(f"run '{name}' was tested on other images than the first run; test both on the same data.")
     columns = [c for c in first.columns if c.startswith("dice_")]
+    for name, seeds in tables.items():
+        for table in seeds:
+            _check_comparable(name, table, first, {attribute, *columns})
     means = [np.mean([table[columns].to_numpy() for table in seeds], axis=0) for seeds in tables.values()]
     scores = torch.from_numpy(np.stack(means, 1))
     names = list(groups)
@@ -98,3 +98,14 @@ def compare_runs(
     low, high = bootstrap_interval(scores, group, statistics, num_resamples)
     kept = [0, 1, 2, *range(4, value.shape[1])]
     return Comparison(attribute, tuple(groups), tuple(runs), value[:, kept], low[:, :4], high[:, :4], value[:, 3])
+
+
+def _check_comparable(run: str, table: pd.DataFrame, first: pd.DataFrame, needed: set[str]) -> None:
+    if not table.index.equals(first.index):
+        raise ValueError(f"run '{run}' was tested on other images than the first run; test both on the same data.")
+    lacking = sorted(needed.difference(table.columns))
+    if lacking:
+        raise ValueError(
+            f"run '{run}' has no column {lacking} in its cases.csv, which has {list(table.columns)}; name an attribute "
+            "that every run reports, and compare runs of the same classes."
+        )

@@ -1,10 +1,11 @@
 """Distances between point sets and farthest-point sampling, with pytorch3d's signatures and semantics.
 
-pytorch3d's kernels (extra ``pytorch3d``) run them where it is installed, torch elsewhere.
+pytorch3d's kernels (extra ``pytorch3d``) run them where it is installed and works, torch elsewhere.
 """
 
 from __future__ import annotations
 
+import warnings
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -272,18 +273,33 @@ def _lengths(points: Tensor, lengths: Tensor | None) -> Tensor:
 
 
 @cache
-def _pytorch3d_installed() -> bool:
-    return find_spec("pytorch3d") is not None
+def _load_pytorch3d(device: str) -> ModuleType | str:
+    """pytorch3d's operations, or why they do not work on that type of device."""
+    if find_spec("pytorch3d") is None:
+        return "pytorch3d is not installed: pip install 'fairdiff_lightning[pytorch3d]'"
+    try:
+        ops = import_module("pytorch3d.ops")
+        probe = torch.zeros(1, 1, 3, device=device)
+        ops.knn_points(probe, probe)
+    except (ImportError, OSError, RuntimeError) as error:  # built for another torch, or without kernels for the device
+        reason = f"the installed pytorch3d does not work on '{device}' ({error})"
+        warnings.warn(f"{reason}; torch computes instead.", stacklevel=2)
+        return reason
+    return ops
 
 
 def _pytorch3d_ops(backend: Backend, *points: Tensor) -> ModuleType | None:
     """pytorch3d's operations, which know float32 alone, or None where torch computes."""
     if backend not in get_args(Backend):
         raise ValueError(f"backend must be one of {get_args(Backend)}, but is {backend!r}.")
+    if backend == "torch":
+        return None
+    ops = _load_pytorch3d(points[0].device.type)
     fitting = all(cloud.dtype == torch.float32 for cloud in points)
-    if backend == "pytorch3d" and not _pytorch3d_installed():
-        raise ModuleNotFoundError("backend='pytorch3d' needs pytorch3d: pip install 'fairdiff_lightning[pytorch3d]'.")
-    if backend == "pytorch3d" and not fitting:
+    if backend == "auto":
+        return ops if fitting and not isinstance(ops, str) else None
+    if isinstance(ops, str):
+        raise ModuleNotFoundError(f"backend='pytorch3d': {ops}.")
+    if not fitting:
         raise ValueError(f"pytorch3d takes float32 points, but got {[cloud.dtype for cloud in points]}; use 'torch'.")
-    chosen = backend == "pytorch3d" or (backend == "auto" and fitting and _pytorch3d_installed())
-    return import_module("pytorch3d.ops") if chosen else None
+    return ops

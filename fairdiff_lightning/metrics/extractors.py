@@ -62,6 +62,9 @@ class FeatureExtractor(nn.Module):
     ) -> None:
         super().__init__()
         library = network.split("/")[0] if isinstance(network, str) else None
+        given = [n for n, v in (("image_size", image_size), ("mean", mean), ("std", std)) if v is not None]
+        if library == "inception" and given:
+            raise ValueError(f"extractor 'inception' resizes and scales images itself; leave out {', '.join(given)}.")
         backbone = library in _LIBRARIES
         self.name = name or (network.split("/")[-1] if isinstance(network, str) else type(network).__name__)
         self.library = library

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 BLOCK = 2**20
-"""Distances worked on at a time: 8 MiB of float64, whatever the number of samples; the allocator reuses that much."""
+"""Distances worked on at a time on a CPU: 8 MiB of float64, which its allocator reuses."""
 
 Distance = Literal["cosine", "euclidean", "chamfer"]
 
@@ -57,8 +57,9 @@ def chamfer_distances(a: Tensor, b: Tensor) -> Tensor:
     # |x - y|^2 = <(-2x, |x|^2, 1), (y, 1, |y|^2)>: one product gives all squared distances of a block.
     left = torch.cat([-2 * x, x.square().sum(-1, keepdim=True), torch.ones_like(x[..., :1])], -1)
     right = torch.cat([y, torch.ones_like(y[..., :1]), y.square().sum(-1, keepdim=True)], -1).mT
-    columns = max(1, min(len(b), BLOCK // (a.shape[1] * b.shape[1])))
-    rows = max(1, BLOCK // (columns * a.shape[1] * b.shape[1]))
+    pair, size = a.shape[1] * b.shape[1], _block(a)
+    columns = max(1, min(len(b), size // pair))
+    rows = max(1, size // (columns * pair))
 
     def block(left: Tensor, right: Tensor) -> Tensor:
         squares = left[:, None] @ right
@@ -189,8 +190,12 @@ def _by_rows(a: Tensor, b: Tensor, block: Callable[[Tensor, Tensor], Tensor]) ->
     In float64, because a product of float32 leaves nothing of the distance of near copies.
     """
     exact = b.to(_exact(b))
-    blocks = torch.split(a, max(1, BLOCK // len(b)))
+    blocks = torch.split(a, max(1, _block(a) // len(b)))
     return torch.cat([block(rows.to(exact.dtype), exact).to(a.dtype) for rows in blocks])
+
+
+def _block(x: Tensor) -> int:
+    return BLOCK if x.device.type == "cpu" else 64 * BLOCK  # many small kernels would be slow there
 
 
 def _exact(x: Tensor) -> torch.dtype:

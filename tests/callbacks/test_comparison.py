@@ -78,3 +78,12 @@ def test_the_script_prints_and_saves_the_table_of_the_newest_reports(tmp_path, c
     assert [row.split(" | ")[0] for row in rows] == ["| real", "| more"]
     with pytest.raises(FileNotFoundError, match=r"no fairness.json below '.*nothing'"):
         script.main([f"real={tmp_path / 'nothing'}"])
+
+
+def test_a_table_without_the_attribute_or_a_class_is_refused_by_name(tmp_path):
+    first = write(tmp_path / "a.csv", np.random.default_rng(0))
+    pd.read_csv(first).drop(columns="dice_cup").to_csv(tmp_path / "b.csv", index=False)
+    with pytest.raises(ValueError, match=r"run 'other' has no column \['dice_cup'\]"):
+        compare_runs({"real": [first], "other": [tmp_path / "b.csv"]}, "race", GROUPS)
+    with pytest.raises(ValueError, match=r"run 'real' has no column \['gender'\]"):
+        compare_runs({"real": [first]}, "gender", GROUPS)

@@ -1,4 +1,3 @@
-import sys
 from itertools import product
 
 import numpy as np
@@ -222,9 +221,7 @@ class FakeOps:
 
 def test_pytorch3d_is_used_when_installed_and_only_for_what_it_knows(monkeypatch):
     ops = FakeOps()
-    monkeypatch.setitem(sys.modules, "pytorch3d", ops)
-    monkeypatch.setitem(sys.modules, "pytorch3d.ops", ops)
-    monkeypatch.setattr(distances, "_pytorch3d_installed", lambda: True)
+    monkeypatch.setattr(distances, "_load_pytorch3d", lambda device: ops)
     x, y, *_ = clouds()
     chamfer_distance(x, y)
     sample_farthest_points(x, K=3)
@@ -237,11 +234,27 @@ def test_pytorch3d_is_used_when_installed_and_only_for_what_it_knows(monkeypatch
 
 
 def test_pytorch3d_is_missed_aloud(monkeypatch):
-    monkeypatch.setattr(distances, "_pytorch3d_installed", lambda: False)
+    monkeypatch.setattr(distances, "find_spec", lambda name: None)
+    distances._load_pytorch3d.cache_clear()
     x, y, *_ = clouds()
     with pytest.raises(ModuleNotFoundError, match=r"fairdiff_lightning\[pytorch3d\]"):
         knn_points(x, y, backend="pytorch3d")
     assert knn_points(x, y).dists.shape == (3, 17, 1)
+
+
+def test_torch_takes_over_with_a_warning_where_the_installed_pytorch3d_does_not_work(monkeypatch):
+    def broken(name):
+        raise ImportError("undefined symbol: _ZN2at4_ops")
+
+    monkeypatch.setattr(distances, "find_spec", lambda name: object())
+    monkeypatch.setattr(distances, "import_module", broken)
+    distances._load_pytorch3d.cache_clear()
+    x, y, *_ = clouds()
+    with pytest.warns(UserWarning, match="does not work on 'cpu'.*undefined symbol.*torch computes instead"):
+        found = knn_points(x, y)
+    torch.testing.assert_close(found.dists, knn_points(x, y, backend="torch").dists)
+    with pytest.raises(ModuleNotFoundError, match="does not work on 'cpu'"):
+        knn_points(x, y, backend="pytorch3d")
 
 
 @pytest.mark.parametrize(

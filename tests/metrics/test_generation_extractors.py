@@ -137,3 +137,8 @@ def test_images_and_features_of_another_kind_are_refused():
 def test_ranges_other_than_zero_to_one_are_refused(images):
     with pytest.raises(ValueError, match=r"made by it: images are torch.* expected floating point in \[0, 1\]"):
         check_unit_range(images, "made by it")
+
+
+def test_inception_takes_no_scaling_that_it_would_ignore(inception_weights):
+    with pytest.raises(ValueError, match="leave out image_size, std"):
+        FeatureExtractor(weights=str(inception_weights), image_size=64, std=[0.5])
