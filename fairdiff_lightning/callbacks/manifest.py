@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from fairdiff_lightning.data.native import atomic_path
-
-NAME = "manifest.csv"
+from fairdiff_lightning.data.native import atomic_path, sweep
+from fairdiff_lightning.data.requests import MANIFEST
 
 
 class Manifest:
@@ -26,17 +26,19 @@ class Manifest:
         """Id -> row of everything that was written, by finished and by killed runs.
 
         Raises:
-            ValueError: when the folder's table has other columns.
+            ValueError: when the folder's table, or the part of a killed run, has other columns.
         """
-        return {row[self.columns[0]]: row for row in [*self._finished(), *self._unfinished()]}
+        return self._by_id([self.directory / MANIFEST, *self._parts()])
 
     def start(self, rank: int, afresh: bool = False) -> None:
         """Begin or go on with this process's part; a line that a kill cut short is dropped."""
         part = self._part(rank)
         part.parent.mkdir(parents=True, exist_ok=True)
-        kept = part.read_bytes() if part.exists() and not afresh else b""
-        with atomic_path(part) as temporary:
-            temporary.write_bytes(kept[: kept.rfind(b"\n") + 1])
+        kept = "" if afresh else _whole_lines(part)
+        with atomic_path(part) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
+            stream.write(kept)
+            if not kept:
+                csv.writer(stream).writerow(self.columns)
 
     def append(self, rank: int, rows: Iterable[Sequence[object]]) -> None:
         """Add rows to this process's part."""
@@ -46,13 +48,14 @@ class Manifest:
     def merge(self, keep: bool = True) -> None:
         """Write ``manifest.csv``, sorted by id and each id once, and remove the parts; for one process at the end.
 
+        What killed runs left of files that they were writing goes too: nobody writes any more.
+
         Args:
             keep: whether rows of earlier runs stay.
         """
-        found = [*self._finished(), *self._unfinished()] if keep else list(self._unfinished())
-        table = {row[self.columns[0]]: row for row in found}
+        table = self.rows() if keep else self._by_id(self._parts())
         with (
-            atomic_path(self.directory / NAME) as temporary,
+            atomic_path(self.directory / MANIFEST) as temporary,
             temporary.open("w", newline="", encoding="utf-8") as stream,
         ):
             writer = csv.DictWriter(stream, self.columns)
@@ -60,30 +63,29 @@ class Manifest:
             writer.writerows(table[key] for key in sorted(table))
         for part in self._parts():
             part.unlink()
+        sweep(self.directory)
 
-    def _finished(self) -> Iterable[dict[str, str]]:
-        table = self.directory / NAME
-        if not table.is_file():
-            return
-        with table.open(newline="", encoding="utf-8") as stream:
-            reader = csv.DictReader(stream)
-            if tuple(reader.fieldnames or ()) != self.columns:
-                raise ValueError(
-                    f"'{table}' has the columns {reader.fieldnames}; expected are {list(self.columns)}. It is of "
-                    "another run: choose another output_dir."
-                )
-            yield from reader
+    def _by_id(self, tables: Sequence[Path]) -> dict[str, dict[str, str]]:
+        return {row[self.columns[0]]: row for table in tables for row in self._read(table)}
 
-    def _unfinished(self) -> Iterable[dict[str, str]]:
-        for part in self._parts():
-            lines = part.read_bytes()
-            text = lines[: lines.rfind(b"\n") + 1].decode()
-            for values in csv.reader(text.splitlines()):
-                if len(values) == len(self.columns):
-                    yield dict(zip(self.columns, values, strict=True))
+    def _read(self, table: Path) -> list[dict[str, str]]:
+        header, *lines = list(csv.reader(io.StringIO(_whole_lines(table), newline=""))) or [list(self.columns)]
+        if tuple(header) != self.columns:
+            raise ValueError(
+                f"'{table}' has the columns {list(header)}; expected are {list(self.columns)}. It is of another run: "
+                "choose another output_dir."
+            )
+        return [dict(zip(self.columns, values, strict=True)) for values in lines if len(values) == len(self.columns)]
 
     def _part(self, rank: int) -> Path:
         return self.directory / f".manifest-{rank}.csv"
 
     def _parts(self) -> list[Path]:
         return sorted(self.directory.glob(".manifest-*.csv"))
+
+
+def _whole_lines(table: Path) -> str:
+    """The text of a table, without the line that a kill cut short in an unfinished one; empty when there is none."""
+    content = table.read_bytes() if table.is_file() else b""
+    end = len(content) if table.name == MANIFEST else content.rfind(b"\n") + 1
+    return content[:end].decode()

@@ -92,5 +92,5 @@ def write_png(directory: Path, sample_id: str, mask: Tensor) -> Path:
         )
     path = directory / f"{quote(sample_id, safe=' ')}.png"
     with atomic_path(path) as temporary:
-        Image.fromarray(mask.byte().reshape(mask.shape[-2:]).numpy()).save(temporary)
+        Image.fromarray(mask.byte().reshape(mask.shape[-2:]).numpy()).save(temporary, format="PNG")
     return path

@@ -24,25 +24,31 @@ _SAMPLES = {
     "seed": "the seed (B,) that each sample was drawn from",
     "attributes": "attribute -> group index (B,), -1 when unknown",
 }
+_ORIGIN = ("condition", "condition_digest", "source")
+_GENERATOR = ("generator", "checkpoint", "config")
 
 
 class SyntheticDatasetWriter(Callback):
     """Writes each generated sample through the data set's own ``write`` and lists it in ``manifest.csv``.
 
-    The table holds id, file, seed, the group of every attribute, the condition (id of the mask that was followed), the
-    source (the real case behind it), the generator's class, the checkpoint's SHA-256 and the file with its
-    hyperparameters. Files are written whole or not at all. A run that was killed is repeated with the same command:
-    samples that are listed are not made again, and the others come out as they would have. Memory stays flat.
+    The table holds id, file, seed, the group of every attribute, the condition (id of the mask that was followed), a
+    digest of how that mask was made when a generator made it, the source (the real case behind it), the generator's
+    class, the SHA-256 of the checkpoint (of the weights, when there is none) and the file with its hyperparameters.
+    Files are written whole or not at all. A run that was killed is repeated with the same command: samples that are
+    listed are not made again, and the others come out as they would have. Memory stays flat: predictions are not
+    returned.
 
-    Needs a data module with ``generate`` (a plan), ``attribute_groups``, ``skip_requests`` and ``write_sample``, as
-    :class:`~fairdiff_lightning.data.SegmentationDataModule` has them, and a module whose ``predict_step`` returns a
-    batch of the contract with ``id``, ``seed`` and ``attributes``, and ``image`` in [0, 1], ``mask`` or both.
+    Needs a data module with ``generate`` (a plan), ``attribute_groups``, ``requests``, ``skip_requests`` and
+    ``write_sample``, as :class:`~fairdiff_lightning.data.SegmentationDataModule` has them, and a module whose
+    ``predict_step`` answers a batch of requests with a batch of the contract: ``id``, ``seed`` and ``attributes``, and
+    ``image`` in [0, 1], ``mask`` or both.
 
     Args:
         output_dir: folder of the data set; by default ``synthetic`` below the trainer's ``default_root_dir``.
 
     Raises:
-        ValueError: before anything is made, when the folder holds samples of another generator or of another seed.
+        ValueError: before anything is made, when the folder holds samples of another generator, or made from another
+            seed or mask than this run would.
     """
 
     def __init__(self, output_dir: str | None = None) -> None:
@@ -60,16 +66,18 @@ class SyntheticDatasetWriter(Callback):
             )
         self.directory = Path(self.output_dir or Path(trainer.default_root_dir) / "synthetic")
         self.groups: Mapping[str, Sequence[str]] = data.attribute_groups
-        columns = ("id", "file", "seed", *self.groups, "condition", "source", "generator", "checkpoint", "config")
-        self.manifest = Manifest(self.directory, columns)
+        self.manifest = Manifest(self.directory, ("id", "file", "seed", *self.groups, *_ORIGIN, *_GENERATOR))
+        if trainer.predict_loop.return_predictions:
+            rank_zero_info(f"{type(self).__name__}: samples go to files; trainer.predict(...) returns none of them.")
+            trainer.predict_loop.return_predictions = False
         data.skip_requests(lambda: self._existing(trainer, pl_module, data.requests()))
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin this process's part of the table, and keep the hyperparameters."""
         self.manifest.start(trainer.global_rank)
         if trainer.is_global_zero:
-            with atomic_path(self.directory / self.provenance[-1]) as path:
-                path.write_text(_config(pl_module))
+            with atomic_path(self.directory / self.provenance["config"]) as path:
+                path.write_text(_config(pl_module), encoding="utf-8")
 
     def on_predict_batch_end(
         self,
@@ -85,53 +93,83 @@ class SyntheticDatasetWriter(Callback):
         samples = _on_cpu(samples)
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         for index, sample_id in enumerate(samples["id"]):
+            if sample_id not in self.requests:
+                raise ValueError(
+                    f"{type(pl_module).__name__}.predict_step: sample '{sample_id}', which nobody asked for."
+                )
             if sample_id not in self.done:
-                sample = _one(samples, index)
+                request = self.requests[sample_id]
+                sample = {"source": request.source, **_one(samples, index)}
                 path = data.write_sample(self.directory, sample)
-                self.manifest.append(trainer.global_rank, [self._row(sample, path)])
+                self.manifest.append(trainer.global_rank, [self._row(request, sample, path)])
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Merge the parts of all processes into ``manifest.csv``; also when nothing was left to be made."""
         if stage == "predict":
+            _ask_for_all(trainer)
             trainer.strategy.barrier("samples written")
             if trainer.is_global_zero:
                 self.manifest.merge()
 
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Let go of the data module; the parts stay for the run that is repeated."""
+        _ask_for_all(trainer)
+
     def _existing(self, trainer: Trainer, pl_module: LightningModule, requests: Sequence[Request]) -> set[str]:
         """Ids of the samples that need not be made, when the folder is of this generator."""
-        self.provenance = self._provenance(trainer, pl_module)
+        self.requests = {request.id: request for request in requests}
+        self.provenance = _provenance(trainer, pl_module)
         rows = self.manifest.rows()
-        self._refuse_others(rows, {request.id: request.seed for request in requests})
+        self._refuse_others(rows)
         self.done = {name for name, row in rows.items() if (self.directory / row["file"]).is_file()}
-        missing = sum(request.id not in self.done for request in requests)
-        rank_zero_info(f"{missing} of {len(requests)} samples are to be made, into '{self.directory}'.")
+        missing = len(self.requests.keys() - self.done)
+        rank_zero_info(
+            f"{missing} of {len(requests)} samples are to be made, into '{self.directory}'."
+            if requests
+            else "The plan asks for nothing: no group lacks a sample."
+        )
         trainer.strategy.barrier("existing samples listed")  # before anyone writes
         return self.done
 
-    def _row(self, sample: Mapping[str, Any], path: Path) -> list[str]:
-        groups = [self._group_name(a, int(sample["attributes"].get(a, -1))) for a in self.groups]
-        about = [str(sample.get(key, "")) for key in ("condition", "source")]
-        file = os.path.relpath(path, self.directory)
-        return [sample["id"], file, str(int(sample["seed"])), *groups, *about, *self.provenance]
+    def _row(self, request: Request, sample: Mapping[str, Any], path: Path) -> list[str]:
+        groups = {a: self._group_name(a, int(sample["attributes"].get(a, -1))) for a in self.groups}
+        written = {"id": sample["id"], "file": os.path.relpath(path, self.directory), "source": sample["source"]}
+        row = {**_asked(request), **written, "seed": str(int(sample["seed"])), **groups, **self.provenance}
+        return [row[column] for column in self.manifest.columns]
 
     def _group_name(self, attribute: str, group: int) -> str:
         return self.groups[attribute][group] if group >= 0 else "unknown"
 
-    def _provenance(self, trainer: Trainer, pl_module: LightningModule) -> tuple[str, str, str]:
-        checkpoint = _sha256(Path(trainer.ckpt_path)) if trainer.ckpt_path else "none"
-        config = hashlib.sha256(_config(pl_module).encode()).hexdigest()[:12]
-        return type(pl_module).__name__, checkpoint, f"generator-{config}.json"
-
-    def _refuse_others(self, rows: Mapping[str, Mapping[str, str]], seeds: Mapping[str, int]) -> None:
+    def _refuse_others(self, rows: Mapping[str, Mapping[str, str]]) -> None:
         for name, row in rows.items():
-            found = (row["generator"], row["checkpoint"], row["config"])
-            if found != self.provenance or int(row["seed"]) != seeds.get(name, int(row["seed"])):
+            asked = _asked(self.requests[name]) if name in self.requests else {}
+            other = {column: value for column, value in {**asked, **self.provenance}.items() if row[column] != value}
+            if other:
                 raise ValueError(
-                    f"'{self.directory}' holds '{name}' of seed {row['seed']} by {found[0]}, checkpoint "
-                    f"{found[1][:12]}, {found[2]}; this run has seed {seeds.get(name, 'none')}, {self.provenance[0]}, "
-                    f"checkpoint {self.provenance[1][:12]}, {self.provenance[2]}. Choose another output_dir, or remove "
-                    "the folder."
+                    f"'{self.directory}' holds '{name}' of another run: "
+                    + ", ".join(f"{column} '{row[column]}', here '{value}'" for column, value in other.items())
+                    + ". Choose another output_dir, or remove the folder."
                 )
+
+
+def _ask_for_all(trainer: Trainer) -> None:
+    """Have the data module yield every request again, whoever predicts next."""
+    data: Any = getattr(trainer, "datamodule", None)
+    if hasattr(data, "skip_requests"):
+        data.skip_requests(tuple)
+
+
+def _asked(request: Request) -> dict[str, str]:
+    """What a sample must have been made from to be the one that is asked for."""
+    condition = request.condition
+    followed = (condition.id, condition.digest) if condition is not None else ("", "")
+    return {"seed": str(request.seed), "condition": followed[0], "condition_digest": followed[1]}
+
+
+def _provenance(trainer: Trainer, module: LightningModule) -> dict[str, str]:
+    checkpoint = _sha256(Path(trainer.ckpt_path)) if trainer.ckpt_path else _weights_sha256(module)
+    config = hashlib.sha256(_config(module).encode()).hexdigest()[:12]
+    return dict(zip(_GENERATOR, (type(module).__name__, checkpoint, f"generator-{config}.json"), strict=True))
 
 
 def _config(module: LightningModule) -> str:
@@ -141,6 +179,17 @@ def _config(module: LightningModule) -> str:
 def _sha256(path: Path) -> str:
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _weights_sha256(module: LightningModule) -> str:
+    """Of a module that comes from no checkpoint: two such modules with equal settings may have other weights."""
+    digest = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        if isinstance(value, torch.Tensor):  # else an extra state
+            values = value.detach().cpu().contiguous()
+            digest.update(f"{name} {values.dtype} {tuple(values.shape)}\n".encode())
+            digest.update(values.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _on_cpu(value: Any) -> Any:

@@ -27,6 +27,7 @@ from fairdiff_lightning.data.native import (
     bin_names,
     check_same_size,
     to_uint8_image,
+    visible_files,
 )
 from fairdiff_lightning.data.phantoms import FundusLook, allocate, slo_fundus
 from fairdiff_lightning.data.sample import AttributeSpec, Sample
@@ -102,16 +103,16 @@ class FairSeg(NativeDataset):
 
     def index(self, root: Path) -> Index:
         """List the ``.npz`` files below ``root``; their scalars are read once and kept in the cache folder."""
-        files = sorted(root.rglob("*.npz")) if root.is_dir() else []
+        files = visible_files(root, "**/*.npz") if root.is_dir() else []
         if not files:
             raise self.not_found(root, _summary(root))
         rows, errors = _cached_scalars(files)
         unmarked = [row.get("race") for row in rows.values() if "race_codes" not in row]
         decoders = RACE_CODES | {None: _race_decoder(unmarked, self.race_codes, root)}
         in_days = max((row["age"] for row in rows.values() if row.get("age") is not None), default=0) > 130
-        split, left_out, records = _official_split(root), Counter[str](), []
+        split, left_out, records = self._official_split(root), Counter[str](), []
         for file, row in rows.items():
-            official = split.get(_number(file.stem))
+            official = split.get(self.case_key(file.stem))
             if split and official is None and not row.get("synthetic"):
                 left_out["files that neither train.txt nor test.txt lists"] += 1
                 continue
@@ -134,6 +135,10 @@ class FairSeg(NativeDataset):
         if not records and left_out:
             raise self.not_found(root, f"{len(rows)} files, none of which train.txt or test.txt lists")
         return Index(records, dict(left_out), errors)
+
+    def case_key(self, record_id: str) -> str:
+        """The number of a patient: FairDiff pads it with one more zero than the release."""
+        return re.sub(r"^data_0*(?=\d)", "", record_id)
 
     def read_arrays(self, record: Record) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
         """Decode one file: grey image (H, W) uint8 and mask (H, W) in {0 background, 1 rim, 2 cup}."""
@@ -199,6 +204,15 @@ class FairSeg(NativeDataset):
         first_test = PHANTOM_COUNT * 3 // 4
         (root / "train.txt").write_text("\n".join(names[:first_test]) + "\n")
         (root / "test.txt").write_text("\n".join(names[first_test:]) + "\n")
+
+    def _official_split(self, root: Path) -> dict[str, str]:
+        split = {}
+        for name in ("train", "test"):
+            listing = root / f"{name}.txt"
+            if listing.is_file():
+                for line in listing.read_text().split():
+                    split[self.case_key(Path(line).stem)] = name
+        return split
 
 
 class FairSegDataModule(SegmentationDataModule):
@@ -330,21 +344,6 @@ def _group(row: Mapping[str, Any], name: str, num_groups: int, beyond: Counter[s
     if value is not None and value >= num_groups:
         beyond[f"values of '{name}' beyond its codes 0 to {num_groups - 1}, taken as unknown"] += 1
     return int(value) if value is not None and 0 <= value < num_groups else -1
-
-
-def _official_split(root: Path) -> dict[str, str]:
-    split = {}
-    for name in ("train", "test"):
-        listing = root / f"{name}.txt"
-        if listing.is_file():
-            for line in listing.read_text().split():
-                split[_number(Path(line).stem)] = name
-    return split
-
-
-def _number(stem: str) -> str:
-    """What identifies a patient: FairDiff pads the number with one more zero than the release."""
-    return re.sub(r"^data_0*(?=\d)", "", stem)
 
 
 def _summary(root: Path) -> str:

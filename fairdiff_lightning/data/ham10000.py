@@ -26,6 +26,7 @@ from fairdiff_lightning.data.native import (
     bin_names,
     check_same_size,
     to_uint8_image,
+    visible_files,
 )
 from fairdiff_lightning.data.phantoms import SkinLook, allocate, dermoscopy
 from fairdiff_lightning.data.sample import AttributeSpec, Sample
@@ -64,6 +65,7 @@ class HAM10000(NativeDataset):
     classes: ClassVar[tuple[str, ...]] = ("background", "lesion")
     channels: ClassVar[int] = 3
     unit: ClassVar[str] = "lesion"
+    drawn_over: ClassVar[str] = "age"
     expected_tree: ClassVar[str] = (
         f"  {METADATA}\n"
         "  HAM10000_images_part_1/ISIC_*.jpg, HAM10000_images_part_2/ISIC_*.jpg  (or one folder HAM10000_images)\n"
@@ -87,10 +89,10 @@ class HAM10000(NativeDataset):
         """List the rows of the table that have an image and a mask; the rest is counted."""
         if not (root / METADATA).is_file():
             raise self.not_found(root, f"no {METADATA}" if root.is_dir() else "no such folder")
-        images = {p.stem: p for p in sorted(root.glob(f"{IMAGES}*/*.jpg"))}
+        images = {p.stem: p for p in visible_files(root, f"{IMAGES}*/*.jpg")}
         masks = {
             p.stem.removesuffix("_segmentation"): p
-            for p in sorted(root.glob("HAM10000_segmentations*/*_segmentation.png"))
+            for p in visible_files(root, "HAM10000_segmentations*/*_segmentation.png")
         }
         table = self.read_table(root / METADATA)
         rows = table[table["image_id"].isin(images) & table["image_id"].isin(masks)]
@@ -213,7 +215,9 @@ class HAM10000(NativeDataset):
 
 
 class HAM10000DataModule(SegmentationDataModule):
-    """HAM10000 for segmentation: images squeezed to the asked size, split by lesion (seed 0: MEDFAIR's split).
+    """HAM10000 for segmentation: images squeezed to the asked size, split by lesion.
+
+    With ``split_seed=0`` the images of known age are split as MEDFAIR splits them.
 
     Args:
         root: folder in the release's layout; None writes and uses a phantom.
@@ -274,7 +278,7 @@ def _make_table_once(path: Path) -> None:
     if path.exists():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
     with open(handle, "w", newline="") as stream:
         csv.DictWriter(stream, COLUMNS).writeheader()
     os.chmod(temporary, 0o644)

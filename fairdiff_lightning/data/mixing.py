@@ -59,7 +59,7 @@ def mix(
         attribute: whose groups are balanced; samples of an unknown group are left out when balancing.
         group_names: index -> name of the groups that are balanced.
         total: size of the balanced set; when None, the largest group's size for each group (``oversample``,
-            ``repeat_sample``) or the number of real samples (``equal_scale``, ``natural_scale``).
+            ``repeat_sample``) or the number of real samples of these groups (``equal_scale``, ``natural_scale``).
         seed: of every draw.
 
     Raises:
@@ -80,7 +80,7 @@ def mix(
         target = quotas(total or max(map(len, both.values())) * len(both), list(both))
         draw = _draw_with_repeats if balance == "oversample" else _draw_with_replacement
         return [r for g, pool in both.items() for r in draw(pool, target[g], rng)]
-    size = len(real) if total is None else total
+    size = sum(map(len, pools["real"].values())) if total is None else total
     if balance == "natural_scale":
         known = [r for r in real if r.attributes[attribute] in group_names]
         _refuse_empty({-1: known}, attribute, {-1: "of any group"})

@@ -32,6 +32,7 @@ class Record:
         split: ``train`` or ``test`` when the owner publishes a split, else None.
         synthetic: whether a generator made it.
         source: id of the real case that a synthetic one was derived from.
+        digest: of how a synthetic one was made; tells it from another of the same id, empty when unknown.
     """
 
     id: str
@@ -41,6 +42,7 @@ class Record:
     split: str | None = None
     synthetic: bool = False
     source: str | None = None
+    digest: str = ""
 
 
 @dataclass
@@ -66,6 +68,8 @@ class NativeDataset(ABC):
     channels: ClassVar[int]
     unit: ClassVar[str] = "patient"
     """What a split must not cut."""
+    drawn_over: ClassVar[str | None] = None
+    """Attribute that is known of every unit in the published split: these units are drawn first, by themselves."""
     version: ClassVar[int] = 1
     """Raised when the same files are read differently: decoded samples on disk are then made anew."""
 
@@ -90,6 +94,10 @@ class NativeDataset(ABC):
         Raises:
             InvalidSampleError: naming the file, the key and the value found.
         """
+
+    def case_key(self, record_id: str) -> str:
+        """What tells two cases apart: ids of one key, however they are spelled, are of one case."""
+        return record_id
 
     def read_mask(self, record: Record) -> NDArray[np.uint8]:
         """Decode the mask alone."""
@@ -176,11 +184,21 @@ def bin_centre(index: int, edges: Sequence[float]) -> float:
     return float(np.floor((padded[index] + padded[index + 1]) / 2))
 
 
+def visible_files(root: Path, pattern: str) -> list[Path]:
+    """The files below ``root`` that match, sorted; hidden ones are no samples, nor are those in hidden folders."""
+    found = (p for p in root.glob(pattern) if not any(part.startswith(".") for part in p.relative_to(root).parts))
+    return sorted(found)
+
+
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``path`` that replaces it when the block ends well."""
+    """Yield a temporary path beside ``path`` that replaces it when the block ends well.
+
+    Its suffix is no data file's, so that what a killed process leaves is never read; a writer that tells the format
+    from the name has to be told it.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=path.suffix)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
     os.close(handle)
     temporary = Path(name)
     try:
@@ -189,6 +207,12 @@ def atomic_path(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what killed processes left of :func:`atomic_path` below a folder that nobody writes into now."""
+    for leftover in folder.rglob(".*.????????.part"):
+        leftover.unlink(missing_ok=True)
 
 
 def make_directory_once(path: Path, fill: Callable[[Path], None]) -> None:

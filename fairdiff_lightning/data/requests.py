@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Mapping, Sequence
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from fairdiff_lightning.data.errors import InvalidSampleError
 from fairdiff_lightning.data.mixing import equal_scale, quotas
-from fairdiff_lightning.data.native import Record
+from fairdiff_lightning.data.native import NativeDataset, Record, check_classes
+from fairdiff_lightning.data.resize import Resize, centre_region, crop_to, resize_mask
 from fairdiff_lightning.data.sample import UNKNOWN, AttributeSpec, Sample, collate
+from fairdiff_lightning.data.samplers import SequentialShards
 from fairdiff_lightning.data.seeding import derive_seed, generator
 
 MANIFEST = "manifest.csv"
+"""The table of what a run wrote, in the folder of the files."""
 TRAINING_MASKS = "train"
 
 
@@ -29,14 +35,14 @@ class GenerationPlan:
         per_group: samples of every group.
         total: samples over all groups, divided evenly; with ``equal_scale`` the size of the mixed training set instead.
         equal_scale: make what each group lacks for an Equal-Scale set of ``total`` (as many as there are real training
-            samples when None).
+            samples of the balanced groups when None).
         masks: what image generators condition on: ``train``, the training split's own masks, or a folder that a
             generator of masks wrote; None for generators that make the masks themselves.
         seed: of the plan; each sample's own seed follows from it and the sample's id.
         prefix: first part of the ids.
 
     Raises:
-        ValueError: when it is not said how many, or twice.
+        ValueError: when it is not said how many, or twice, or fewer than one.
     """
 
     per_group: int | None = None
@@ -52,6 +58,9 @@ class GenerationPlan:
                 f"generate: per_group={self.per_group}, total={self.total}, equal_scale={self.equal_scale}; give "
                 "per_group, or total, or equal_scale with or without total."
             )
+        for name, count in (("per_group", self.per_group), ("total", self.total)):
+            if count is not None and count < 1:
+                raise ValueError(f"generate: {name}={count}; ask for 1 sample or more, or give no plan at all.")
 
     def counts(self, real: Mapping[str, int]) -> dict[str, int]:
         """Samples to make of each group.
@@ -83,6 +92,13 @@ class Request:
     group: int
     condition: Record | None = None
 
+    @property
+    def source(self) -> str:
+        """Id of the real case behind the condition; empty when there is none."""
+        if self.condition is None:
+            return ""
+        return self.condition.source or ("" if self.condition.synthetic else self.condition.id)
+
 
 def make_requests(
     plan: GenerationPlan,
@@ -93,6 +109,9 @@ def make_requests(
 ) -> list[Request]:
     """Turn a plan into requests; the k-th sample of a group is the same whatever the plan's size.
 
+    Real masks are followed in an order that the plan's seed draws anew for each round. Generated masks are all alike,
+    so they are followed in their own order: as long as no mask is needed twice, more of them change no request.
+
     Args:
         plan: how many, and the seed.
         groups: index -> name of the groups.
@@ -101,8 +120,10 @@ def make_requests(
         attribute: whose groups these are; None when there is one group without a name.
 
     Raises:
-        ValueError: when a group lacks masks to condition on, naming it.
+        ValueError: when a group lacks masks to condition on, naming it; for ``equal_scale`` without an attribute.
     """
+    if plan.equal_scale and attribute is None:
+        raise ValueError("generate: equal_scale without attributes: name the one to balance, or give total alone.")
     counts = plan.counts({name: real[index] for index, name in groups.items()})
     requests = []
     for index, name in groups.items():
@@ -112,17 +133,35 @@ def make_requests(
                 f"generate: no mask of '{attribute}' {name} in '{plan.masks}', but {counts[name]} samples of it are "
                 "asked for. Generate masks of that group first, or leave the group out with `groups`."
             )
-        rounds = -(-counts[name] // len(pool)) if pool else 0
-        order = [
-            i
-            for turn in range(rounds)
-            for i in torch.randperm(len(pool), generator=generator(plan.seed, "masks", name, turn)).tolist()
-        ]
-        for k in range(counts[name]):
+        conditions = _in_rounds(pool, counts[name], plan.seed, name) if pool else [None] * counts[name]
+        for k, condition in enumerate(conditions):
             sample_id = f"{plan.prefix}_{_slug(name)}_{k:05d}"
-            condition = pool[order[k]] if pool else None
             requests.append(Request(sample_id, derive_seed(plan.seed, sample_id), index, condition))
     return requests
+
+
+@dataclass(frozen=True)
+class MaskReader:
+    """Reads the mask that a generator follows, cropped and resized as training sees it.
+
+    Args:
+        dataset: reads the file.
+        crop: side of the centre crop, pixels.
+        size: height and width of the mask that is given, pixels; None keeps the crop as it is.
+        resize: see :func:`~fairdiff_lightning.data.resize.resize_mask`.
+    """
+
+    dataset: NativeDataset
+    crop: int | None
+    size: tuple[int, int] | None
+    resize: Resize
+
+    def __call__(self, record: Record) -> dict[str, torch.Tensor]:
+        """``mask``, int64 (1, H, W) class indices."""
+        mask = self.dataset.read_mask(record)
+        check_classes(mask, len(self.dataset.classes), str(record.files))
+        cropped = crop_to(mask, centre_region(mask.shape, self.crop))
+        return {"mask": torch.from_numpy(resize_mask(cropped, self.size, self.resize).astype(np.int64))[None]}
 
 
 class RequestBatches(Dataset[Sample]):
@@ -142,8 +181,9 @@ class RequestBatches(Dataset[Sample]):
         batch_size: int,
         attributes: Sequence[str],
         read: Callable[[Record], Mapping[str, Any]],
-        done: frozenset[str] = frozenset(),
+        done: Iterable[str] = (),
     ) -> None:
+        done = frozenset(done)
         batches = [requests[i : i + batch_size] for i in range(0, len(requests), batch_size)]
         self.batches = [batch for batch in batches if not all(request.id in done for request in batch)]
         self.attributes, self.read = attributes, read
@@ -153,6 +193,10 @@ class RequestBatches(Dataset[Sample]):
 
     def __getitem__(self, index: int) -> Sample:
         return collate([self._sample(request) for request in self.batches[index]])
+
+    def loader(self, num_workers: int, replicas: int, rank: int) -> DataLoader[Sample]:
+        """Yields the batches in order, each exactly once over all devices."""
+        return DataLoader(self, None, sampler=SequentialShards(self, replicas, rank), num_workers=num_workers)
 
     def _sample(self, request: Request) -> Sample:
         groups = [request.group, *[UNKNOWN] * (len(self.attributes) - 1)]
@@ -164,8 +208,7 @@ class RequestBatches(Dataset[Sample]):
         if request.condition is None:
             return asked
         condition = request.condition
-        source = condition.source or ("" if condition.synthetic else condition.id)
-        return cast(Sample, {**asked, **self.read(condition), "condition": condition.id, "source": source})
+        return cast(Sample, {**asked, **self.read(condition), "condition": condition.id, "source": request.source})
 
 
 def read_masks(folder: Path, specs: Sequence[AttributeSpec]) -> list[Record]:
@@ -189,10 +232,37 @@ def read_masks(folder: Path, specs: Sequence[AttributeSpec]) -> list[Record]:
                 raise InvalidSampleError(table, f"row '{row['id']}' with the missing file '{row['file']}'", "a file")
             attributes = {spec.name: _group_index(row.get(spec.name, ""), spec, table) for spec in specs}
             files = {"image": str(file), "mask": str(file)}
-            records.append(
-                Record(row["id"], files, attributes, row["id"], synthetic=True, source=row.get("source") or None)
-            )
+            source = row.get("source", row["id"]) or None  # predictions have no source: they are of the cases they name
+            digest = hashlib.sha256(json.dumps(row).encode()).hexdigest()[:12]
+            records.append(Record(row["id"], files, attributes, row["id"], None, True, source, digest))
     return records
+
+
+def condition_masks(
+    plan: GenerationPlan, training: Sequence[Record], specs: Sequence[AttributeSpec]
+) -> list[Record] | None:
+    """The masks that a plan wants to be followed; None when it wants none.
+
+    Args:
+        plan: what to generate.
+        training: real training samples.
+        specs: attributes of the data.
+
+    Raises:
+        InvalidSampleError: when the plan's folder holds no table of masks.
+    """
+    if plan.masks is None:
+        return None
+    return list(training) if plan.masks == TRAINING_MASKS else read_masks(Path(plan.masks), specs)
+
+
+def _in_rounds(pool: Sequence[Record], count: int, seed: int, group: str) -> list[Record]:
+    """The masks that a group's samples follow; none is followed twice before all were."""
+    if all(mask.synthetic for mask in pool):
+        return [pool[k % len(pool)] for k in range(count)]
+    rounds = range(-(-count // len(pool)))
+    orders = [torch.randperm(len(pool), generator=generator(seed, "masks", group, turn)).tolist() for turn in rounds]
+    return [pool[i] for order in orders for i in order][:count]
 
 
 def _group_index(name: str, spec: AttributeSpec, table: Path) -> int:

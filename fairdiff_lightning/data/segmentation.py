@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 import os
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -17,29 +14,38 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, DistributedSampler
 
-from fairdiff_lightning.data import phantoms
 from fairdiff_lightning.data.augmentation import RandomRotateFlip, random_patch
-from fairdiff_lightning.data.cache import Storage, cache_root
+from fairdiff_lightning.data.cache import Storage
 from fairdiff_lightning.data.dataset import SegmentationDataset
-from fairdiff_lightning.data.errors import InvalidSampleError
 from fairdiff_lightning.data.mixing import Balance, mix
-from fairdiff_lightning.data.native import NativeDataset, Record, atomic_path, check_classes, make_directory_once
+from fairdiff_lightning.data.native import Index, NativeDataset, Record, make_directory_once
+from fairdiff_lightning.data.phantoms import phantom_folder
 from fairdiff_lightning.data.requests import (
-    TRAINING_MASKS,
     GenerationPlan,
+    MaskReader,
     Request,
     RequestBatches,
+    condition_masks,
     make_requests,
-    read_masks,
 )
-from fairdiff_lightning.data.resize import Resize, centre_region, crop_to, resize_mask
-from fairdiff_lightning.data.sample import UNKNOWN, AttributeSpec, Sample, collate, validate
+from fairdiff_lightning.data.resize import Resize
+from fairdiff_lightning.data.sample import UNKNOWN, Sample, collate, validate
 from fairdiff_lightning.data.samplers import GroupBalancedSampler, SequentialShards
 from fairdiff_lightning.data.seeding import derive_seed, generator
-from fairdiff_lightning.data.splits import Splits, check_disjoint, split_records
+from fairdiff_lightning.data.selection import GroupFilter, find_attribute, select
+from fairdiff_lightning.data.splits import (
+    HELD_OUT,
+    Splits,
+    as_synthetic,
+    check_disjoint,
+    count_groups,
+    held_out_keys,
+    refuse_leaks,
+    split_records,
+    write_split_table,
+)
 
 Sampler = Literal["shuffle", "group_balanced"]
-EVALUATION = ("val", "test")
 
 
 class SegmentationDataModule(LightningDataModule):
@@ -56,13 +62,14 @@ class SegmentationDataModule(LightningDataModule):
         resize: ``area`` (no aliasing, stays in [0, 1]) or ``zoom``, the reference's cubic spline.
         fractions: shares of train, val and test among the patients or lesions.
         split_seed: seed of the split.
-        groups: attribute -> names of the groups to keep in all splits.
+        groups: attribute -> names of the groups to keep in all splits; a filter moves no case to another split.
         drop_unknown: leave out samples of which one of ``attributes`` is unknown.
         synthetic: folders of generated samples in the same layout, for training only.
         balance: how real and synthetic samples are mixed, see :func:`~fairdiff_lightning.data.mixing.mix`.
         total: size of the balanced training set.
         balance_unknown: balance the samples of unknown group too, as one group more.
-        num_points: outline points of the mask that every sample carries, for generators of masks; without augmentation.
+        num_points: outline points of the mask that every sample carries, for generators of masks; without augmentation
+            and patches, which would move the mask and not them.
         generate: what ``predict`` asks a generator for; None predicts the test split.
         sampler: ``group_balanced`` shows every group equally often in each epoch, also under DDP.
         cache: keep decoded and resized samples in ``memory`` (shared by the loader's processes), on ``disk``, or not.
@@ -109,13 +116,15 @@ class SegmentationDataModule(LightningDataModule):
     ) -> None:
         super().__init__()
         self.dataset, self.root = dataset, root
-        self.attribute_specs = [self._spec(name) for name in attributes]
-        self.groups = {name: self._kept_groups(name, names) for name, names in (groups or {}).items()}
+        self.attribute_specs = [find_attribute(dataset, name) for name in attributes]
+        self.wanted = GroupFilter.of(dataset, groups or {}, attributes if drop_unknown else ())
         if (balance != "none" or sampler == "group_balanced") and not self.attribute_specs:
             raise ValueError(f"balance={balance!r}, sampler={sampler!r} without attributes: name the one to balance.")
+        if num_points is not None and patch_size is not None:
+            raise ValueError(f"num_points={num_points} with patch_size={patch_size}: outlines are of whole masks.")
         self.image_size = (image_size, image_size) if isinstance(image_size, int) else image_size
         self.batch_size, self.num_workers, self.crop, self.resize = batch_size, num_workers, crop, resize
-        self.fractions, self.split_seed, self.drop_unknown = fractions, split_seed, drop_unknown
+        self.fractions, self.split_seed = fractions, split_seed
         self.synthetic, self.balance, self.total, self.sampler = list(synthetic), balance, total, sampler
         self.cache, self.evaluate_at, self.on_error, self.check = cache, evaluate_at, on_error, check
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
@@ -123,7 +132,10 @@ class SegmentationDataModule(LightningDataModule):
         self.balance_unknown, self.num_points, self.generate = balance_unknown, num_points, generate
         if num_points is not None:
             self.augmentation = None  # it moves pixels, not points
+        self.allow_zero_length_dataloader_with_multiple_devices = generate is not None  # few requests may be left
         self.splits: Splits = {}
+        self._real: list[Record] = []
+        self._held_out: frozenset[str] = frozenset()
         self._existing: Callable[[], Iterable[str]] = tuple
         self._datasets: dict[str, SegmentationDataset] = {}
 
@@ -167,20 +179,13 @@ class SegmentationDataModule(LightningDataModule):
 
     def counts(self) -> dict[str, dict[str, dict[str, int]]]:
         """Split -> attribute -> group name -> number of samples, unknown ones included."""
-        table: dict[str, dict[str, dict[str, int]]] = {}
-        for part, records in self.splits.items():
-            table[part] = {}
-            for spec in self.attribute_specs:
-                found = Counter(record.attributes[spec.name] for record in records)
-                table[part][spec.name] = {name: found[g] for g, name in enumerate(spec.groups)} | {"unknown": found[-1]}
-        return table
+        return count_groups(self.splits, self.attribute_specs)
 
     def prepare_data(self) -> None:
         """Write the phantom when there is no root, and check that the tree is the expected one."""
         if self.root is None:
-            folder = self._phantom_folder()
-            rank_zero_info(f"root is empty: the {self.dataset.name} phantom in '{folder}' is used.")
-            make_directory_once(folder, lambda path: self.dataset.write_phantom(path, seed=0))
+            rank_zero_info(f"root is empty: the {self.dataset.name} phantom in '{self.folder}' is used.")
+            make_directory_once(self.folder, lambda path: self.dataset.write_phantom(path, seed=0))
         for folder in (self.folder, *map(Path, self.synthetic)):
             if not folder.is_dir():
                 raise self.dataset.not_found(folder, "no such folder")
@@ -188,16 +193,20 @@ class SegmentationDataModule(LightningDataModule):
     @property
     def folder(self) -> Path:
         """The folder that is read: the root, or the phantom's."""
-        return Path(self.root) if self.root is not None else self._phantom_folder()
+        return Path(self.root) if self.root is not None else phantom_folder(self.dataset.name)
 
     def setup(self, stage: str | None = None) -> None:
-        """Index, filter, split, mix and check; a second call does nothing."""
+        """Index, split, filter, mix and check; a second call does nothing."""
         if self.splits:
             return
-        records = self._usable(self.folder)
-        made = [record for record in records if record.synthetic]
-        splits = split_records([r for r in records if not r.synthetic], self.fractions, self.split_seed)
-        splits["train"] = self._training_set(splits, made)
+        index = self.dataset.index(self.folder)
+        real = [record for record in index.records if not record.synthetic]
+        whole = split_records(real, self.fractions, self.split_seed, self.dataset.drawn_over)
+        self._held_out = held_out_keys(whole, self.dataset.case_key)
+        made = [record for record in index.records if record.synthetic]
+        splits = self._select(self.folder, index, {**whole, "made": made})
+        made, self._real = splits.pop("made"), splits["train"]
+        splits["train"] = self._training_set(made)
         check_disjoint(splits)
         self.splits = splits
         self._report()
@@ -252,7 +261,10 @@ class SegmentationDataModule(LightningDataModule):
     def predict_dataloader(self) -> DataLoader[Sample]:
         """The requests of ``generate``, or the test split with the files' own sizes, to write predictions at these."""
         if self.generate is not None:
-            return self._request_loader(self.generate)
+            reader = MaskReader(self.dataset, self.crop, self.image_size, self.resize)
+            names, done = list(self.attribute_groups), self._existing()
+            batches = RequestBatches(self.requests(), self.batch_size, names, reader, done)
+            return batches.loader(self.num_workers, *self._ranks())
         data = self._data("predict")
         return self._loader(data, SequentialShards(data, *self._ranks()))
 
@@ -260,15 +272,17 @@ class SegmentationDataModule(LightningDataModule):
         """What ``generate`` asks for, all of it.
 
         Raises:
-            ValueError: without a plan, or when a group has no mask to condition on.
+            ValueError: without a plan; when a group has no mask to condition on, or one is derived from a held-out
+                case; for ``equal_scale`` without attributes.
         """
         if self.generate is None:
             raise ValueError("nothing to generate: give the data module generate=GenerationPlan(...).")
         groups = self._balanced_groups() if self.attribute_specs else {0: "sample"}
         attribute = self.attribute_specs[0].name if self.attribute_specs else None
-        real = [r for r in self.splits["train"] if not r.synthetic]
-        counts = {g: sum(attribute is None or r.attributes[attribute] == g for r in real) for g in groups}
-        return make_requests(self.generate, groups, counts, self._condition_masks(self.generate, real), attribute)
+        counts = {g: sum(attribute is None or r.attributes[attribute] == g for r in self._real) for g in groups}
+        masks = condition_masks(self.generate, self._real, self.attribute_specs)
+        refuse_leaks(masks or (), self._held_out, self.dataset.case_key)
+        return make_requests(self.generate, groups, counts, masks, attribute)
 
     def skip_requests(self, existing: Callable[[], Iterable[str]]) -> None:
         """Leave out of the predict loader what exists already; asked when the loader is made."""
@@ -287,153 +301,59 @@ class SegmentationDataModule(LightningDataModule):
 
     def write_splits(self, path: Path) -> None:
         """Write the split as a table: id, unit, split, synthetic, and the group of every attribute."""
-        with atomic_path(path) as temporary, temporary.open("w", newline="") as stream:
-            rows = csv.writer(stream)
-            rows.writerow(["id", self.dataset.unit, "split", "synthetic", *self.attribute_groups])
-            for part, records in self.splits.items():
-                for r in records:
-                    rows.writerow(
-                        [r.id, r.unit, part, int(r.synthetic), *(r.attributes[a] for a in self.attribute_groups)]
-                    )
+        write_split_table(path, self.splits, self.dataset.unit, list(self.attribute_groups))
 
-    def _spec(self, name: str) -> AttributeSpec:
-        known = self.dataset.attributes
-        if name not in known:
-            raise ValueError(f"attributes: {self.dataset.name} has no '{name}'; it has {', '.join(known)}.")
-        return known[name]
+    def _select(self, folder: Path, index: Index, parts: Splits) -> Splits:
+        decode = self._dataset([]).decode if self.on_error == "skip" else None
+        return select(parts, index, self.wanted, decode, f"{self.dataset.name} under '{folder}'")
 
-    def _kept_groups(self, attribute: str, names: Sequence[str]) -> set[int]:
-        spec = self._spec(attribute)
-        unknown = [name for name in names if name not in spec.groups]
-        if unknown:
-            raise ValueError(f"groups[{attribute}]: no group {unknown}; the groups are {', '.join(spec.groups)}.")
-        return {spec.groups.index(name) for name in names}
-
-    def _phantom_folder(self) -> Path:
-        return cache_root() / "phantoms" / f"{self.dataset.name.lower()}-{phantoms.VERSION}"
-
-    def _filtered(self, records: Sequence[Record]) -> tuple[list[Record], dict[str, int]]:
-        left_out: Counter[str] = Counter()
-        kept = []
-        for record in records:
-            unknown = [s.name for s in self.attribute_specs if record.attributes[s.name] < 0]
-            outside = [name for name, groups in self.groups.items() if record.attributes[name] not in groups]
-            if self.drop_unknown and unknown:
-                left_out[f"unknown {unknown[0]}"] += 1
-            elif outside:
-                left_out[f"{outside[0]} not asked for"] += 1
-            else:
-                kept.append(record)
-        return kept, dict(left_out)
-
-    def _usable(self, folder: Path) -> list[Record]:
-        """Records of a folder that pass the filters and, when asked for, can be read; the rest is reported."""
-        index = self.dataset.index(folder)
-        records, left_out = self._filtered(index.records)
-        errors = index.errors
-        if errors and self.on_error == "raise":
-            raise errors[0]
-        if self.on_error == "skip":
-            records, unreadable = self._readable(records)
-            errors = [*errors, *unreadable]
-        left_out |= index.left_out | ({f"unreadable, the first: {errors[0]}": len(errors)} if errors else {})
-        if left_out:
-            counts = "; ".join(f"{count} {reason}" for reason, count in left_out.items())
-            rank_zero_warn(f"{self.dataset.name} under '{folder}': {len(records)} samples. Left out: {counts}.")
-        if not records:
-            raise errors[0] if errors else ValueError(f"no {self.dataset.name} sample under '{folder}' is left.")
-        repeated = [name for name, count in Counter(record.id for record in records).items() if count > 1]
-        if repeated:
-            files = [record.files for record in records if record.id == repeated[0]]
-            raise InvalidSampleError(str(folder), f"id {repeated[0]!r} twice, in {files}", "ids that are unique")
-        return records
-
-    def _readable(self, records: Sequence[Record]) -> tuple[list[Record], list[InvalidSampleError]]:
-        kept, errors = [], []
-        reader = self._dataset(records)
-        for record in records:
-            try:
-                reader.decode(record)
-                kept.append(record)
-            except InvalidSampleError as error:
-                errors.append(error)
-        return kept, errors
-
-    def _training_set(self, splits: Splits, made: Sequence[Record]) -> list[Record]:
-        held_out = {r.id for part in EVALUATION for r in splits[part]}
-        for folder in self.synthetic:
-            found = self._usable(Path(folder))
-            made = [*made, *(replace(r, id=str(Path(folder) / r.id), synthetic=True) for r in found)]
-        _refuse_leaks(made, held_out)
+    def _training_set(self, made: Sequence[Record]) -> list[Record]:
+        for folder in map(Path, self.synthetic):
+            index = self.dataset.index(folder)
+            found = self._select(folder, index, {"made": index.records})
+            made = [*made, *(as_synthetic(record, folder) for record in found["made"])]
+        refuse_leaks(made, self._held_out, self.dataset.case_key)
         attribute, names = (self.attribute_specs[0].name, self._balanced_groups()) if self.attribute_specs else ("", {})
         seed = derive_seed(self.seed, "mix") % 2**32
-        return mix(splits["train"], made, self.balance, attribute, names, self.total, seed)
+        return mix(self._real, made, self.balance, attribute, names, self.total, seed)
 
     def _balanced_groups(self) -> dict[int, str]:
         """Index -> name of the first attribute's groups that the filters keep."""
-        spec = self.attribute_specs[0]
-        kept = self.groups.get(spec.name, range(len(spec)))
         unknown = {UNKNOWN: "unknown"} if self.balance_unknown else {}
-        return {index: name for index, name in enumerate(spec.groups) if index in kept} | unknown
+        return self.wanted.kept(self.attribute_specs[0]) | unknown
 
     def _report(self) -> None:
         sizes = ", ".join(f"{part} {len(records)}" for part, records in self.splits.items())
         rank_zero_info(f"{self.dataset.name} under '{self.folder}': {sizes}.")
         for spec in self.attribute_specs:
-            kept = self.groups.get(spec.name, range(len(spec)))
-            absent = [spec.groups[g] for g, n in enumerate(self.group_counts[spec.name]) if not n and g in kept]
+            absent = [name for g, name in self.wanted.kept(spec).items() if not self.group_counts[spec.name][g]]
             if absent:
                 rank_zero_warn(
                     f"No training sample of '{spec.name}' {', '.join(absent)}: that group cannot be learned."
                 )
-        logs = self.trainer is not None and self.trainer.loggers
-        log_dir = self.trainer.log_dir if logs and self.trainer is not None else None  # asks all processes
-        if log_dir and self.trainer is not None and self.trainer.is_global_zero:
+        trainer = self.trainer
+        log_dir = trainer.log_dir if trainer is not None and trainer.loggers else None  # asks all processes
+        if trainer is not None and log_dir and trainer.is_global_zero:
             self.write_splits(Path(log_dir) / "splits.csv")
 
     def _data(self, part: str) -> SegmentationDataset:
         if part not in self._datasets:
             records = self.splits["test" if part == "predict" else part]
-            if not records:
+            processes = self._ranks()[0]
+            if len(records) < processes:
                 raise ValueError(
-                    f"the {part} split of '{self.folder}' is empty: fractions {self.fractions} with "
-                    f"{len(self.splits['train'])} training samples leave nothing for it. Give more data or others."
+                    f"the {part} split of '{self.folder}' has {len(records)} samples for {processes} processes: "
+                    f"fractions {self.fractions} and filters leave no more. Change them, or give more data."
                 )
-            if 0 < len(records) < self._ranks()[0]:
-                raise ValueError(f"the {part} split has {len(records)} samples for {self._ranks()[0]} processes.")
-            native = part == "predict" or (part in EVALUATION and self.evaluate_at == "native")
+            native = part == "predict" or (part in HELD_OUT and self.evaluate_at == "native")
             self._datasets[part] = self._dataset(records, native, self.cache)
         return self._datasets[part]
 
     def _dataset(
         self, records: Sequence[Record], native_mask: bool = False, cache: Storage = "none"
     ) -> SegmentationDataset:
-        names = [spec.name for spec in self.attribute_specs]
-        frame = (self.image_size, self.crop, self.resize)
+        frame, names = (self.image_size, self.crop, self.resize), list(self.attribute_groups)
         return SegmentationDataset(self.dataset, records, names, *frame, native_mask, cache, self.num_points)
-
-    def _condition_masks(self, plan: GenerationPlan, real: list[Record]) -> list[Record] | None:
-        if plan.masks is None:
-            return None
-        if plan.masks == TRAINING_MASKS:
-            return real
-        masks = read_masks(Path(plan.masks), self.attribute_specs)
-        _refuse_leaks(masks, {r.id for part in EVALUATION for r in self.splits[part]})
-        return masks
-
-    def _read_condition(self, record: Record) -> dict[str, torch.Tensor]:
-        mask = self.dataset.read_mask(record)
-        check_classes(mask, self.num_classes, str(record.files))
-        cropped = crop_to(mask, centre_region(mask.shape, self.crop))
-        return {"mask": torch.from_numpy(resize_mask(cropped, self.image_size, self.resize).astype(np.int64))[None]}
-
-    def _request_loader(self, plan: GenerationPlan) -> DataLoader[Sample]:
-        names = [spec.name for spec in self.attribute_specs]
-        done = frozenset(self._existing())
-        batches = RequestBatches(self.requests(), self.batch_size, names, self._read_condition, done)
-        return DataLoader(
-            batches, None, sampler=SequentialShards(batches, *self._ranks()), num_workers=self.num_workers
-        )
 
     def _ranks(self) -> tuple[int, int]:
         return (self.trainer.world_size, self.trainer.global_rank) if self.trainer is not None else (1, 0)
@@ -448,14 +368,4 @@ class SegmentationDataModule(LightningDataModule):
             pin_memory=torch.cuda.is_available(),
             persistent_workers=self.num_workers > 0,
             generator=generator(self.seed, "loader"),
-        )
-
-
-def _refuse_leaks(made: Sequence[Record], held_out: set[str]) -> None:
-    leaks = [record for record in made if record.source in held_out]
-    if leaks:
-        raise ValueError(
-            f"synthetic sample '{leaks[0].id}' ({next(iter(leaks[0].files.values()))}) is derived from the validation "
-            f"or test case '{leaks[0].source}', as are {len(leaks) - 1} others: training on it would spoil the test. "
-            "Generate from this split's training cases (same fractions and split_seed), or remove these samples."
         )

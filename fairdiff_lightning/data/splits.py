@@ -1,15 +1,21 @@
-"""Splits by patient or lesion: a unit is never cut."""
+"""Splits by patient or lesion: a unit is never cut, and nothing made from a held-out case is trained on."""
 
 from __future__ import annotations
 
+import csv
 import math
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 
-from fairdiff_lightning.data.native import Record
+from fairdiff_lightning.data.native import Record, atomic_path
+from fairdiff_lightning.data.sample import UNKNOWN, AttributeSpec
 
 Splits = dict[str, list[Record]]
+HELD_OUT = ("val", "test")
 
 
 def split_units(units: Iterable[str], fractions: Sequence[float], seed: int) -> dict[str, str]:
@@ -47,20 +53,24 @@ def split_units(units: Iterable[str], fractions: Sequence[float], seed: int) -> 
     return parts | dict.fromkeys(rest[order_rest[num_test:]].tolist(), "val")
 
 
-def split_records(records: Sequence[Record], fractions: Sequence[float], seed: int) -> Splits:
+def split_records(
+    records: Sequence[Record], fractions: Sequence[float], seed: int, drawn_over: str | None = None
+) -> Splits:
     """Split records by unit; the owner's test set stays what it is and validation is then cut from the rest.
 
     Args:
-        records: real samples only.
+        records: all real samples, before any filter: what is left out of one run must not move a case in another.
         fractions: shares of train, val and test; the last is ignored when the owner publishes a test set.
         seed: of the permutation of the units.
+        drawn_over: attribute; units of which it is known are drawn first, by themselves, and the others after them.
     """
     official = [r for r in records if r.split == "test"]
     rest = [r for r in records if r.split != "test"]
     if official:
         train, val, _ = fractions
         fractions = (train / (train + val), val / (train + val), 0.0) if train + val > 0 else fractions
-    parts = split_units((r.unit for r in rest), fractions, seed)
+    first = {r.unit for r in rest if drawn_over is None or r.attributes[drawn_over] != UNKNOWN}
+    parts = split_units(first, fractions, seed) | split_units({r.unit for r in rest} - first, fractions, seed)
     splits: Splits = {"train": [], "val": [], "test": list(official)}
     for record in rest:
         splits[parts[record.unit]].append(record)
@@ -82,3 +92,60 @@ def check_disjoint(splits: Splits) -> None:
                 continue
             if seen.setdefault(record.unit, part) != part:
                 raise ValueError(f"unit {record.unit!r} stands in both the {seen[record.unit]} and the {part} split.")
+
+
+def held_out_keys(splits: Splits, case_key: Callable[[str], str]) -> frozenset[str]:
+    """Keys of the validation and test cases.
+
+    Args:
+        splits: of all real samples, before any filter: a case that is filtered out is held out all the same.
+        case_key: of a data set, see :meth:`~fairdiff_lightning.data.native.NativeDataset.case_key`.
+    """
+    return frozenset(case_key(record.id) for part in HELD_OUT for record in splits[part])
+
+
+def refuse_leaks(made: Sequence[Record], held_out: frozenset[str], case_key: Callable[[str], str]) -> None:
+    """Check that nothing was made from a held-out case.
+
+    Args:
+        made: synthetic samples, or masks to follow.
+        held_out: from :func:`held_out_keys`.
+        case_key: of the data set.
+
+    Raises:
+        ValueError: naming the first such sample and its source.
+    """
+    leaks = [record for record in made if record.source and case_key(record.source) in held_out]
+    if leaks:
+        raise ValueError(
+            f"synthetic sample '{leaks[0].id}' ({next(iter(leaks[0].files.values()))}) is derived from the validation "
+            f"or test case '{leaks[0].source}', as are {len(leaks) - 1} others: training on it would spoil the test. "
+            "Generate from this split's training cases (same fractions and split_seed), or remove these samples."
+        )
+
+
+def as_synthetic(record: Record, folder: Path) -> Record:
+    """A record of a folder of synthetic samples; one that is not marked as such may be a copy of the case it names."""
+    source = record.source or (None if record.synthetic else record.id)
+    return replace(record, id=str(folder / record.id), synthetic=True, source=source)
+
+
+def count_groups(splits: Splits, specs: Sequence[AttributeSpec]) -> dict[str, dict[str, dict[str, int]]]:
+    """Split -> attribute -> group name -> number of samples, unknown ones included."""
+
+    def counts(records: Sequence[Record], spec: AttributeSpec) -> dict[str, int]:
+        found = Counter(record.attributes[spec.name] for record in records)
+        return {name: found[g] for g, name in enumerate(spec.groups)} | {"unknown": found[UNKNOWN]}
+
+    return {part: {spec.name: counts(records, spec) for spec in specs} for part, records in splits.items()}
+
+
+def write_split_table(path: Path, splits: Splits, unit: str, attributes: Sequence[str]) -> None:
+    """Write who is where, atomically: id, unit, split, synthetic, and the group of every attribute."""
+    with atomic_path(path) as temporary, temporary.open("w", newline="") as stream:
+        rows = csv.writer(stream)
+        rows.writerow(["id", unit, "split", "synthetic", *attributes])
+        for part, records in splits.items():
+            rows.writerows(
+                [r.id, r.unit, part, int(r.synthetic), *(r.attributes[a] for a in attributes)] for r in records
+            )

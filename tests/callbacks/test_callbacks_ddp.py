@@ -21,7 +21,9 @@ def run(folder, **arguments):
     both.predict(Foreign(), Data(SAMPLES), return_predictions=False)
     plan = FairSegDataModule(image_size=(12, 16), batch_size=4, generate=GenerationPlan(total=13, masks="train"))
     generating = trainer(folder, SyntheticDatasetWriter(str(folder / "made")), **arguments)
-    generating.predict(Painter(), plan, return_predictions=False)
+    generating.predict(Painter(), plan)
+    few = FairSegDataModule(image_size=(12, 16), batch_size=4, generate=GenerationPlan(total=3))
+    trainer(folder, SyntheticDatasetWriter(str(folder / "few")), **arguments).predict(Painter(), few)
 
 
 def test_two_processes_report_and_write_what_one_does(tmp_path):
@@ -39,6 +41,9 @@ def test_two_processes_report_and_write_what_one_does(tmp_path):
     assert content(one / "made") == content(two / "made")
     assert rows(one / "made") == rows(two / "made")
     assert len(rows(two / "made")) == 13
+    assert content(one / "few") == content(two / "few"), "one batch for two processes"
+    assert rows(one / "few") == rows(two / "few")
+    assert len(rows(two / "few")) == 3
     assert {path.name for path in (two / "masks").iterdir()} == {path.name for path in (one / "masks").iterdir()}
 
 

@@ -41,8 +41,7 @@ class Painter(GenerativeModule):
 
 def predict(folder, module, plan, batch_size=4, data_class=FairSegDataModule, **arguments):
     data = data_class(image_size=(12, 16), batch_size=batch_size, generate=plan, **arguments)
-    run = trainer(folder, SyntheticDatasetWriter(str(folder)))
-    run.predict(module, data, return_predictions=False)
+    assert trainer(folder, SyntheticDatasetWriter(str(folder))).predict(module, data) is None
     return folder
 
 
@@ -71,7 +70,7 @@ def test_samples_read_back_and_are_listed_with_where_they_come_from(tmp_path):
         assert record.synthetic
         assert record.source == row["source"] == row["condition"]
         assert FairSeg().attributes["race"].groups[record.attributes["race"]] == row["race"]
-        assert (row["generator"], row["checkpoint"]) == ("Painter", "none")
+        assert (row["generator"], len(row["checkpoint"])) == ("Painter", 64)
         assert (tmp_path / row["config"]).read_text().count("brightness") == 1
         noise = torch.randn(1, 1, 12, 16, generator=torch.Generator().manual_seed(int(row["seed"])))
         expected = (0.5 + 0.1 * noise[0, 0]).clamp(0, 1).mul(255).round().numpy()
@@ -88,7 +87,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_files(tmp_path):
     assert not (tmp_path / "killed" / "manifest.csv").exists()
     (unlisted,) = (tmp_path / "killed").glob(".manifest-0.csv")
     lines = unlisted.read_text().splitlines(keepends=True)
-    unlisted.write_text("".join(lines[:6]) + lines[6][:20])  # the kill fell into a write of the table
+    unlisted.write_text("".join(lines[:7]) + lines[7][:20])  # the kill fell into a write of the table
     second = Painter()
     predict(tmp_path / "killed", second, plan)
     assert content(tmp_path / "killed") == content(whole)
@@ -101,7 +100,7 @@ def test_a_run_killed_before_its_last_line_of_work_is_finished(tmp_path):
     whole = rows(predict(tmp_path / "whole", Painter(), plan))
     folder = predict(tmp_path / "killed", Painter(), plan)
     lines = (folder / "manifest.csv").read_text().splitlines(keepends=True)
-    (folder / ".manifest-0.csv").write_text("".join(lines[1:]))
+    (folder / ".manifest-0.csv").write_text("".join(lines))
     (folder / "manifest.csv").unlink()
     again = Painter()
     assert rows(predict(folder, again, plan)) == whole
@@ -141,9 +140,38 @@ def test_samples_do_not_depend_on_the_batch(tmp_path, batch_size):
 )
 def test_a_folder_of_another_generator_or_seed_is_refused(tmp_path, module, plan):
     predict(tmp_path, Painter(), GenerationPlan(total=3))
-    with pytest.raises(ValueError, match=r"holds 'synthetic_Asian_00000' of seed \d+ by Painter.*another output_dir"):
+    with pytest.raises(
+        ValueError, match=r"'synthetic_Asian_00000' of another run: (config|seed) '.*another output_dir"
+    ):
         predict(tmp_path, module, plan)
     assert len(rows(tmp_path)) == 3
+
+
+def test_other_weights_of_the_same_settings_are_refused_without_a_checkpoint_too(tmp_path):
+    predict(tmp_path, Painter(), GenerationPlan(total=3))
+    again, other = Painter(), Painter()
+    predict(tmp_path, again, GenerationPlan(total=3))
+    assert again.batches == []
+    torch.nn.init.constant_(other.weight, 2)
+    with pytest.raises(ValueError, match=r"of another run: checkpoint '.*another output_dir"):
+        predict(tmp_path, other, GenerationPlan(total=3))
+
+
+def test_samples_that_followed_other_masks_are_refused(tmp_path):
+    for folder, seed in (("masks", 0), ("others", 1)):
+        predict(tmp_path / folder, Painter(masks_only=True), GenerationPlan(per_group=2, seed=seed))
+    images = tmp_path / "images"
+    predict(images, Painter(), GenerationPlan(per_group=2, masks=str(tmp_path / "masks")))
+    before = content(images)
+    with pytest.raises(ValueError, match="of another run: condition_digest '"):
+        predict(images, Painter(), GenerationPlan(per_group=2, masks=str(tmp_path / "others")))
+    with pytest.raises(ValueError, match="of another run: condition 'synthetic_Asian_00000', here 'data_"):
+        predict(images, Painter(), GenerationPlan(per_group=2, masks="train"))
+    with pytest.raises(ValueError, match="of another run: condition 'synthetic_Asian_00000', here ''"):
+        predict(images, Painter(), GenerationPlan(per_group=2))
+    predict(tmp_path / "masks", Painter(masks_only=True), GenerationPlan(per_group=3))
+    predict(images, Painter(), GenerationPlan(per_group=3, masks=str(tmp_path / "masks")))
+    assert before.items() <= content(images).items(), "more masks of the same generator are welcome"
 
 
 def test_the_checkpoint_is_listed_by_its_hash_and_another_one_is_refused(tmp_path):
@@ -192,12 +220,79 @@ def test_colour_images_are_written_and_read_in_their_layout(tmp_path):
     assert {r.source for r in made} == {row["source"] for row in rows(tmp_path).values()}
 
 
+def test_a_plan_that_asks_for_nothing_says_so(tmp_path, caplog):
+    races = dict.fromkeys(range(10), 0) | dict.fromkeys(range(10, 20), 1) | dict.fromkeys(range(20, 30), 2)
+    pixels = {"slo_fundus": np.zeros((12, 16), np.uint8), "disc_cup_mask": np.zeros((12, 16), np.int8)}
+    for folder in ("real", "made"):
+        (tmp_path / folder).mkdir()
+    for i, race in races.items():
+        np.savez(tmp_path / "real" / f"data_{i:05d}.npz", **pixels, race=race)
+    plan = GenerationPlan(equal_scale=True, total=3)
+    with caplog.at_level("INFO"):
+        predict(tmp_path / "made", Painter(), plan, root=str(tmp_path / "real"), race_codes="public")
+    assert "The plan asks for nothing: no group lacks a sample." in caplog.text
+    assert rows(tmp_path / "made") == {}
+
+
+def test_a_run_leaves_the_data_module_as_it_was(tmp_path):
+    data = FairSegDataModule(image_size=(12, 16), batch_size=4, generate=GenerationPlan(total=6))
+    trainer(tmp_path, SyntheticDatasetWriter(str(tmp_path / "made"))).predict(Painter(), data)
+    with pytest.raises(RuntimeError, match="power cut"):
+        trainer(tmp_path, SyntheticDatasetWriter(str(tmp_path / "more"))).predict(Painter(dies_after=1), data)
+    second = Painter()
+    trainer(tmp_path).predict(second, data)
+    assert sum(map(len, second.batches)) == 6
+
+
+def test_what_a_killed_run_left_half_written_is_swept(tmp_path):
+    left = tmp_path / ".synthetic_Asian_00000.npz.abcd1234.part"
+    left.write_bytes(b"half")
+    predict(tmp_path, Painter(), GenerationPlan(total=3))
+    assert not left.exists()
+
+
+def test_the_source_reaches_the_file_of_a_module_that_does_not_carry_it(tmp_path):
+    class Forgetful(Painter):
+        def predict_step(self, batch, batch_idx=0):
+            return {k: v for k, v in super().predict_step(batch, batch_idx).items() if k not in ("source", "condition")}
+
+    predict(tmp_path, Forgetful(), GenerationPlan(total=3, masks="train"))
+    listed = rows(tmp_path)
+    sources = {r.id: r.source for r in FairSeg().index(tmp_path).records}
+    assert sources == {name: row["condition"] for name, row in listed.items()}
+    assert all(sources.values())
+    predict(tmp_path, Forgetful(), GenerationPlan(total=3, masks="train"))
+    assert rows(tmp_path) == listed
+
+
+def test_samples_that_nobody_asked_for_are_refused(tmp_path):
+    class Other(Painter):
+        def generate(self, requests):
+            return {**super().generate(requests), "id": [f"{name}b" for name in requests["id"]]}
+
+    with pytest.raises(
+        ValueError, match=r"Other.predict_step: sample 'synthetic_Asian_00000b', which nobody asked for"
+    ):
+        predict(tmp_path, Other(), GenerationPlan(total=3))
+
+
 def test_a_predict_without_a_plan_says_how_to_give_one(tmp_path):
     with pytest.raises(ValueError, match=r"--data.generate.per_group=N"):
         predict(tmp_path, Painter(), None)
 
 
-def test_a_table_with_other_columns_is_refused(tmp_path):
-    (tmp_path / "manifest.csv").write_text("id,file\na,b\n")
-    with pytest.raises(ValueError, match=r"columns \['id', 'file'\].*another output_dir"):
-        Manifest(tmp_path, ("id", "file", "seed")).rows()
+@pytest.mark.parametrize("name", ["manifest.csv", ".manifest-1.csv"])
+def test_rows_of_a_run_with_other_attributes_are_not_mixed_in(tmp_path, name):
+    (tmp_path / name).write_text("id,file,sex\na,a.npz,male\n")
+    with pytest.raises(ValueError, match=rf"{name}' has the columns \['id', 'file', 'sex'\].*another output_dir"):
+        Manifest(tmp_path, ("id", "file", "race")).rows()
+
+
+def test_a_part_that_was_cut_within_its_header_is_begun_again(tmp_path):
+    (tmp_path / ".manifest-0.csv").write_text("id,fi")
+    table = Manifest(tmp_path, ("id", "file"))
+    assert table.rows() == {}
+    table.start(0)
+    table.append(0, [("a", "a.npz")])
+    table.merge()
+    assert (tmp_path / "manifest.csv").read_text().split() == ["id,file", "a,a.npz"]

@@ -6,9 +6,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from fairdiff_lightning.data import HAM10000, DatasetNotFoundError, HAM10000DataModule, InvalidSampleError, split_units
+from fairdiff_lightning.data import (
+    HAM10000,
+    DatasetNotFoundError,
+    HAM10000DataModule,
+    InvalidSampleError,
+    Record,
+    split_units,
+)
 from fairdiff_lightning.data.ham10000 import METADATA
 from fairdiff_lightning.data.native import bin_index
+from fairdiff_lightning.data.splits import split_records
 
 
 def write_case(root, name="ISIC_0000001", mask=None, size=(9, 12), **row):
@@ -42,6 +50,21 @@ def test_public_metadata_splits_as_medfair(realdata, reference, drop_unknown_sex
         chosen = groups[known["lesion_id"].map(parts) == part]
         counts = np.bincount(chosen, minlength=5).tolist()
         assert [len(chosen), counts] == expected[entry][part]
+
+
+def test_images_of_known_age_split_as_medfair_whatever_is_filtered(realdata, reference):
+    table = HAM10000().read_table(realdata / "HAM10000" / METADATA)
+    ages = [bin_index(age, HAM10000().age_bins) for age in table["age"]]
+    records = [
+        Record(name, {}, {"age": age}, lesion)
+        for name, age, lesion in zip(table["image_id"], ages, table["lesion_id"], strict=True)
+    ]
+    splits = split_records(records, (0.8, 0.1, 0.1), seed=0, drawn_over=HAM10000.drawn_over)
+    assert sum(map(len, splits.values())) == 10015
+    for part, found in splits.items():
+        known = [r.attributes["age"] for r in found if r.attributes["age"] >= 0]
+        counts = np.bincount(known, minlength=5).tolist()
+        assert [len(known), counts] == reference("dmoe")["K1_ham10000_counts"]["split_age_known_9958"][part]
 
 
 def test_real_files_read_and_the_rest_is_counted(realdata):

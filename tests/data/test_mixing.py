@@ -59,6 +59,12 @@ def test_equal_scale_without_enough_synthetic_samples_says_how_many_lack():
         mix(records({0: 4, 1: 10, 2: 16}), [], "equal_scale", "race", GROUPS, None, seed=0)
 
 
+@pytest.mark.parametrize("balance", ["equal_scale", "natural_scale"])
+def test_the_default_size_counts_the_balanced_groups_alone(balance):
+    real, made = records({0: 4, 1: 10, 2: 16, -1: 30}), records({0: 30, 1: 30, 2: 30}, synthetic=True)
+    assert len(mix(real, made, balance, "race", GROUPS, None, seed=0)) == 30
+
+
 def test_oversampling_makes_all_groups_as_large_as_the_largest():
     mixed = mix(records({0: 2, 1: 3, 2: 7, -1: 1}), [], "oversample", "race", GROUPS, None, seed=0)
     assert Counter(r.attributes["race"] for r in mixed) == {0: 7, 1: 7, 2: 7}

@@ -1,5 +1,7 @@
+import pickle
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,8 +15,12 @@ GROUPS = {0: "Asian", 1: "Black", 2: "<20"}
 REAL = {0: 4, 1: 10, 2: 31}
 
 
-def masks(counts):
-    return [Record(f"m{g}-{i}", {}, {"race": g}, f"m{g}-{i}") for g, n in counts.items() for i in range(n)]
+def masks(counts, synthetic=False):
+    return [
+        Record(f"m{g}-{i}", {}, {"race": g}, f"m{g}-{i}", synthetic=synthetic)
+        for g, n in counts.items()
+        for i in range(n)
+    ]
 
 
 def made(plan, pool=None):
@@ -48,10 +54,45 @@ def test_equal_scale_asks_for_exactly_what_mixing_will_lack():
     assert asked[2] == 0
 
 
+def test_what_equal_scale_asks_for_by_default_is_just_enough(tmp_path):
+    attributes = {"attributes": ["ethnicity"]}
+    real = ready(**attributes)
+    assert any(r.attributes["ethnicity"] < 0 for r in real.splits["train"])
+    asked = ready(generate=GenerationPlan(equal_scale=True), **attributes).requests()
+    groups = Counter(request.group for request in asked)
+    pixels = {"slo_fundus": np.zeros((12, 16), np.uint8), "disc_cup_mask": np.zeros((12, 16), np.int8)}
+    for request in asked:
+        np.savez(tmp_path / f"{request.id}.npz", **pixels, ethnicity=request.group, synthetic=1)
+    mixing = {"synthetic": [str(tmp_path)], "balance": "equal_scale", **attributes}
+    counts = ready(**mixing).group_counts["ethnicity"]
+    assert max(counts) - min(counts) <= 1
+    assert sum(counts) == sum(real.group_counts["ethnicity"])
+    (tmp_path / f"{asked[0].id}.npz").unlink()
+    with pytest.raises(ValueError, match=r"lacks synthetic samples: \{.*: 1\}"):
+        ready(**mixing)
+    assert groups.keys() == {1}
+
+
+def test_a_plan_counts_the_real_samples_and_not_the_balanced_set():
+    plan = GenerationPlan(equal_scale=True, masks="train")
+    assert ready(generate=plan, balance="oversample").requests() == ready(generate=plan).requests()
+
+
 @pytest.mark.parametrize("arguments", [{}, {"per_group": 3, "total": 9}, {"per_group": 3, "equal_scale": True}])
 def test_a_plan_says_how_many_once(arguments):
     with pytest.raises(ValueError, match="give per_group, or total, or equal_scale"):
         GenerationPlan(**arguments)
+
+
+@pytest.mark.parametrize("arguments", [{"per_group": 0}, {"total": -3}, {"total": 0, "equal_scale": True}])
+def test_a_plan_asks_for_one_sample_or_more(arguments):
+    with pytest.raises(ValueError, match=r"(per_group|total)=(0|-3); ask for 1 sample or more"):
+        GenerationPlan(**arguments)
+
+
+def test_equal_scale_needs_an_attribute():
+    with pytest.raises(ValueError, match="equal_scale without attributes"):
+        ready(attributes=[], generate=GenerationPlan(equal_scale=True)).requests()
 
 
 @settings(max_examples=30, deadline=None)
@@ -73,6 +114,21 @@ def test_every_mask_of_a_group_is_used_before_one_is_used_again():
     assert all(r.condition.attributes["race"] == r.group for r in asked)
     firsts = {made(GenerationPlan(per_group=1, seed=s), masks({0: 9, 1: 9, 2: 9}))[0].condition.id for s in range(9)}
     assert len(firsts) > 3
+
+
+def test_more_generated_masks_change_no_request_that_had_one_of_its_own():
+    small, large = masks({0: 5, 1: 5, 2: 5}, synthetic=True), masks({0: 9, 1: 7, 2: 5}, synthetic=True)
+    plan = GenerationPlan(per_group=5, seed=3)
+    assert made(plan, small) == made(plan, large)
+    assert [r.condition.id for r in made(plan, small)[:5]] == [f"m0-{i}" for i in range(5)]
+    twice = made(GenerationPlan(per_group=12, seed=3), small)
+    assert Counter(r.condition.id for r in twice if r.group == 0) == {
+        "m0-0": 3,
+        "m0-1": 3,
+        "m0-2": 2,
+        "m0-3": 2,
+        "m0-4": 2,
+    }
 
 
 def test_a_group_without_masks_is_named():
@@ -122,6 +178,14 @@ def test_training_masks_are_the_ones_that_training_sees():
             assert torch.equal(mask, train[position[condition]]["mask"])
 
 
+def test_other_processes_can_read_the_requests():
+    data = ready(generate=GenerationPlan(per_group=2, masks="train"))
+    data.skip_requests(lambda: ["synthetic_Asian_00000"])
+    batches = data.predict_dataloader().dataset
+    copy = pickle.loads(pickle.dumps(batches))  # what a spawned worker gets
+    assert torch.equal(copy[0]["mask"], batches[0]["mask"])
+
+
 def test_data_without_attributes_have_one_group():
     data = ready(attributes=[], generate=GenerationPlan(total=9))
     (first, second) = data.predict_dataloader()
@@ -143,6 +207,22 @@ def test_masks_are_read_from_the_table(tmp_path):
     (record,) = read_masks(table(tmp_path / "m", "a,a.npz,1,Black,,case7"), SPECS)
     assert (record.id, record.attributes, record.source) == ("a", {"race": 1}, "case7")
     assert read_masks(table(tmp_path / "m", "a,a.npz,1,unknown,,"), SPECS)[0].attributes == {"race": -1}
+
+
+def test_masks_of_one_id_that_were_made_otherwise_are_told_apart(tmp_path):
+    (first,), (again,), (other,) = (
+        read_masks(table(tmp_path / folder, f"a,a.npz,{seed},Black,,"), SPECS)
+        for folder, seed in (("m", 1), ("n", 1), ("n", 2))
+    )
+    assert first.digest == again.digest != other.digest
+
+
+def test_predictions_of_held_out_cases_are_no_masks_to_follow(tmp_path):
+    held_out = ready().splits["test"][0].id
+    (tmp_path / "a.npz").write_bytes(b"")
+    (tmp_path / "manifest.csv").write_text(f"id,file\n{held_out},a.npz\n")
+    with pytest.raises(ValueError, match=f"test case '{held_out}'"):
+        ready(attributes=[], generate=GenerationPlan(total=3, masks=str(tmp_path))).requests()
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,16 @@
 import csv
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from fairdiff_lightning.data import (
+    HAM10000,
     FairSeg,
     FairSegDataModule,
+    GenerationPlan,
     HAM10000DataModule,
     InvalidSampleError,
     validate,
@@ -81,6 +85,39 @@ def test_group_filter_keeps_only_what_is_asked_for():
     assert {r.attributes["gender"] for r in kept} == {0}
 
 
+def where(data):
+    return {record.id: part for part, records in data.splits.items() for record in records}
+
+
+@pytest.mark.parametrize(
+    "filters",
+    [
+        {"groups": {"race": ["Asian", "White"]}},
+        {"attributes": ["gender"], "drop_unknown": True},
+        {"groups": {"gender": ["Male"]}, "drop_unknown": True, "on_error": "skip"},
+    ],
+)
+def test_a_filter_moves_no_case_to_another_split(tmp_path, filters):
+    write_folder(tmp_path, [0, 1, 2] * 10, gender=1)
+    write_folder(tmp_path, [0, 1, 2, -1] * 5, start=30)
+    whole = where(ready(root=str(tmp_path), race_codes="public"))
+    if "on_error" in filters:
+        mask = np.full((12, 16), 9)
+        np.savez(tmp_path / "syn_00007.npz", slo_fundus=mask, disc_cup_mask=mask, race=1, gender=1)
+    with pytest.warns(UserWarning, match="Left out"):
+        kept = where(ready(root=str(tmp_path), race_codes="public", **filters))
+    assert 0 < len(kept) < len(whole) == 50
+    assert kept.items() <= whole.items()
+
+
+def test_lesions_keep_their_split_whatever_is_known_of_them():
+    whole = where(ready(HAM10000DataModule))
+    with pytest.warns(UserWarning, match="unknown age"):
+        kept = where(ready(HAM10000DataModule, drop_unknown=True))
+    assert 0 < len(kept) < len(whole)
+    assert kept.items() <= whole.items()
+
+
 def test_unknown_names_say_what_there_is():
     with pytest.raises(ValueError, match=r"no 'colour'; it has race, gender.*age"):
         FairSegDataModule(attributes=["colour"])
@@ -144,6 +181,31 @@ def test_synthetic_samples_of_held_out_cases_are_refused_by_name(tmp_path, part)
         ready(synthetic=[str(tmp_path)], race_codes="public")
 
 
+def test_copies_of_held_out_cases_are_refused_in_a_folder_of_synthetic_samples(tmp_path):
+    record = ready().splits["test"][0]
+    (tmp_path / f"{record.id}.npz").write_bytes(Path(record.files["image"]).read_bytes())
+    with pytest.raises(ValueError, match=f"derived from the validation or test case '{record.id}'"):
+        ready(synthetic=[str(tmp_path)], race_codes="public")
+
+
+def test_a_held_out_case_is_known_by_its_number_whatever_its_padding(tmp_path):
+    held_out = ready().splits["test"][0].id
+    number = held_out.removeprefix("data_")
+    write_folder(tmp_path, [0], source_id=f"data_0{number}", synthetic=1)
+    with pytest.raises(ValueError, match=f"test case 'data_0{number}'"):
+        ready(synthetic=[str(tmp_path)], race_codes="public")
+
+
+@pytest.mark.parametrize("part", ["val", "test"])
+def test_a_case_that_is_filtered_out_is_held_out_all_the_same(tmp_path, part):
+    held_out = next(r for r in ready(HAM10000DataModule).splits[part] if r.attributes["age"] == 2)
+    made = {"image": torch.rand(3, 12, 16), "mask": torch.ones(1, 12, 16), "attributes": {"age": 1}, "id": "made"}
+    HAM10000().write(tmp_path, made | {"synthetic": True, "source": held_out.id})
+    arguments = {"synthetic": [str(tmp_path)], "groups": {"age": ["20-39"]}}
+    with pytest.raises(ValueError, match=f"test case '{held_out.id}'"):
+        ready(HAM10000DataModule, **arguments)
+
+
 def test_synthetic_samples_of_training_cases_are_welcome(tmp_path):
     write_folder(tmp_path, [0] * 3, source_id=ready().splits["train"][0].id)
     data = ready(synthetic=[str(tmp_path)], race_codes="public")
@@ -159,6 +221,11 @@ def test_samples_carry_the_outline_of_their_mask():
         for points, mask in zip(batch["points"], batch["mask"], strict=True):
             torch.testing.assert_close(points, mask_to_points(mask[0], 64))
     assert data.augmentation is None
+
+
+def test_outlines_and_patches_exclude_each_other():
+    with pytest.raises(ValueError, match="num_points=8 with patch_size=16"):
+        FairSegDataModule(num_points=8, patch_size=16)
 
 
 def test_a_mask_without_a_structure_is_named_or_left_out(tmp_path):
@@ -240,6 +307,15 @@ def test_an_empty_split_is_an_error_that_names_the_fractions(tmp_path):
     data = ready(root=str(tmp_path), race_codes="public", fractions=(1.0, 0.0, 0.0))
     with pytest.raises(ValueError, match=r"val split.*\(1.0, 0.0, 0.0\)"):
         data.val_dataloader()
+
+
+@pytest.mark.parametrize("part", ["train", "val", "test"])
+def test_a_split_smaller_than_the_number_of_processes_is_refused(tmp_path, part):
+    write_folder(tmp_path, [0, 1] * 4)
+    data = ready(root=str(tmp_path), race_codes="public", generate=GenerationPlan(total=3))
+    data.trainer = SimpleNamespace(world_size=20, global_rank=0)
+    with pytest.raises(ValueError, match=rf"the {part} split of '.*' has \d samples for 20 processes"):
+        getattr(data, f"{part}_dataloader")()
 
 
 def test_native_masks_come_with_the_region_they_were_cropped_from():

@@ -43,6 +43,16 @@ def test_the_owners_test_set_stays_and_validation_comes_from_the_rest():
     assert (len(splits["train"]), len(splits["val"])) == (80, 10)
 
 
+@given(known=st.integers(0, 20), unknown=st.integers(0, 20), seed=st.integers(0, 3))
+def test_units_of_unknown_attribute_do_not_move_the_others(known, unknown, seed):
+    sure = [Record(f"k{i}", {}, {"age": 0}, f"k{i}") for i in range(known)]
+    unsure = [Record(f"u{i}", {}, {"age": -1}, f"u{i}") for i in range(unknown)]
+    alone = split_records(sure, (0.6, 0.2, 0.2), seed, "age")
+    both = split_records([*unsure, *sure], (0.6, 0.2, 0.2), seed, "age")
+    assert {part: [r for r in records if r in sure] for part, records in both.items()} == alone
+    assert sum(map(len, both.values())) == known + unknown
+
+
 def test_a_unit_in_two_splits_and_synthetic_evaluation_are_refused():
     with pytest.raises(ValueError, match=r"'p'.*train.*test"):
         check_disjoint({"train": [record("a", "p")], "test": [record("b", "p")]})
