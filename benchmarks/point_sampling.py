@@ -56,7 +56,7 @@ def one_by_one(model: PointDiffusion, groups: Tensor) -> Tensor:
             prediction = network(points, model.times[step][None], latent, group[None])
             points = sampler.step(prediction, step, points, generator=draws).prev_sample
         clouds.append(points)
-    return model.denormalize(torch.cat(clouds))
+    return model.statistics.denormalize(torch.cat(clouds))
 
 
 def sample(model: PointDiffusion, groups: Tensor, name: str, steps: int, batch: int) -> Tensor:
@@ -79,7 +79,7 @@ def main() -> None:
     all_clouds = {"baseline": one_by_one(model, groups)} | {s: sample(model, groups, *s) for s in SETTINGS}
     rows = []
     for setting, clouds in all_clouds.items():
-        scores = generation_scores(model.normalize(clouds), model.normalize(real), "chamfer")
+        scores = generation_scores(model.statistics.normalize(clouds), model.statistics.normalize(real), "chamfer")
         count = len(few) if setting == "baseline" else len(timed)
         name = ("DDPM, one by one", "100", "1") if setting == "baseline" else tuple(map(str, setting))
         faster = 1.0 if setting == "baseline" else ratio(seconds["baseline"], seconds[setting]) / share

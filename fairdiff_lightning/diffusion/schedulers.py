@@ -6,7 +6,10 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
+
+PREDICTIONS = ("epsilon", "v_prediction", "sample")
 
 
 def build_scheduler(name: str, arguments: Mapping[str, Any] | None = None, like: Any = None) -> Any:
@@ -30,9 +33,53 @@ def build_scheduler(name: str, arguments: Mapping[str, Any] | None = None, like:
     unknown = sorted(arguments.keys() - accepted)
     if unknown:
         raise ValueError(f"{name} takes no argument {unknown}; it takes {', '.join(sorted(accepted))}.")
-    if like is None:
-        return cls(**arguments)
-    return cls(**{key: value for key, value in like.config.items() if key in accepted} | arguments)
+    followed = {} if like is None else {key: value for key, value in like.config.items() if key in accepted}
+    with torch.device("cpu"):  # numbers, also where networks are made without memory
+        return cls(**followed | arguments)
+
+
+def build_training_scheduler(name: str, arguments: Mapping[str, Any] | None = None, like: Any = None) -> Any:
+    """Make a scheduler whose noise a network is trained on, see :func:`build_scheduler`.
+
+    Raises:
+        ValueError: also for a scheduler whose noise is not sqrt(a) * clean + sqrt(1 - a) * noise with a falling a in
+            [0, 1] (``alphas_cumprod``), such as those of flow matching, or an unknown prediction type.
+    """
+    scheduler = build_scheduler(name, arguments, like)
+    if scheduler.config.get("use_flow_sigmas") or not _falls(getattr(scheduler, "alphas_cumprod", None)):
+        raise ValueError(
+            f"scheduler {name!r} cannot be trained with: it has no `alphas_cumprod` that falls from 1 towards 0, the "
+            "shares of the signal's power that are left (variance-preserving noise). Train with DDPMScheduler, and "
+            "choose the one that samples by `sampler`."
+        )
+    _check_prediction(scheduler.config.get("prediction_type"))
+    return scheduler
+
+
+def signal_power(scheduler: Any, steps: Tensor) -> Tensor:
+    """Share of the signal's power (B,) that is left at steps (B,).
+
+    The schedule follows to the steps' device once, as in diffusers' own schedulers, so that no training step waits.
+    """
+    scheduler.alphas_cumprod = scheduler.alphas_cumprod.to(steps.device)
+    kept: Tensor = scheduler.alphas_cumprod[steps]
+    return kept
+
+
+def add_noise(scheduler: Any, clean: Tensor, noise: Tensor, steps: Tensor) -> Tensor:
+    """Noisy samples sqrt(a) * clean + sqrt(1 - a) * noise, a being :func:`signal_power`.
+
+    The schedulers' own methods do not all do that before ``set_timesteps``: some count the steps backwards, others
+    leave the signal unscaled, and some wait for the device.
+
+    Args:
+        scheduler: of the training noise, made by :func:`build_training_scheduler`.
+        clean: samples without noise (B, ...).
+        noise: standard normal noise of the same shape.
+        steps: step (B,) of each sample, on their device.
+    """
+    signal, spread = _amplitudes(scheduler, clean, steps)
+    return signal * clean + spread * noise
 
 
 def training_target(scheduler: Any, clean: Tensor, noise: Tensor, steps: Tensor) -> Tensor:
@@ -48,11 +95,46 @@ def training_target(scheduler: Any, clean: Tensor, noise: Tensor, steps: Tensor)
         ValueError: for a prediction type other than epsilon, v_prediction and sample.
     """
     kind = scheduler.config.prediction_type
-    if kind == "epsilon":
-        return noise
+    _check_prediction(kind)
     if kind == "v_prediction":
-        velocity: Tensor = scheduler.get_velocity(clean, noise, steps)
-        return velocity
-    if kind == "sample":
-        return clean
-    raise ValueError(f"prediction_type {kind!r}; expected is epsilon, v_prediction or sample.")
+        signal, spread = _amplitudes(scheduler, clean, steps)
+        return signal * noise - spread * clean
+    return noise if kind == "epsilon" else clean
+
+
+def clean_estimate(scheduler: Any, predicted: Tensor, noisy: Tensor, steps: Tensor) -> Tensor:
+    """The clean samples (B, ...) that a prediction speaks of, not clipped.
+
+    Args:
+        scheduler: whose schedule and ``prediction_type`` the prediction follows.
+        predicted: of the network (B, ...).
+        noisy: what the network saw (B, ...).
+        steps: step (B,) of each sample.
+
+    Raises:
+        ValueError: for a prediction type other than epsilon, v_prediction and sample.
+    """
+    kind = scheduler.config.prediction_type
+    _check_prediction(kind)
+    signal, spread = _amplitudes(scheduler, noisy, steps)
+    if kind == "v_prediction":
+        return signal * noisy - spread * predicted
+    return (noisy - spread * predicted) / signal if kind == "epsilon" else predicted
+
+
+def _amplitudes(scheduler: Any, like: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
+    """Factors of signal and noise, shaped to multiply ``like`` (B, ...)."""
+    kept = signal_power(scheduler, steps).to(like.dtype).view(-1, *[1] * (like.dim() - 1))
+    return kept.sqrt(), (1 - kept).sqrt()
+
+
+def _falls(kept: Any) -> bool:
+    """Whether this is a schedule of powers that fall from 1 towards 0."""
+    if not isinstance(kept, Tensor) or kept.dim() != 1:
+        return False
+    return bool((kept.diff() <= 0).all() & (kept >= 0).all() & (kept <= 1).all())
+
+
+def _check_prediction(kind: str | None) -> None:
+    if kind not in PREDICTIONS:
+        raise ValueError(f"prediction_type {kind!r}; expected is epsilon, v_prediction or sample.")

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fairdiff_lightning.diffusion.schedulers import signal_power
+
 
 def min_snr_weights(scheduler: Any, steps: Tensor, gamma: float) -> Tensor:
     """Weights that bound a step's share of the loss on the clean sample by ``gamma`` (min-SNR).
@@ -25,7 +27,7 @@ def min_snr_weights(scheduler: Any, steps: Tensor, gamma: float) -> Tensor:
     Raises:
         ValueError: for a prediction type other than epsilon, v_prediction and sample.
     """
-    kept: Tensor = scheduler.alphas_cumprod.to(steps.device)[steps]
+    kept = signal_power(scheduler, steps)
     snr = kept / (1 - kept)
     bounded: Tensor = snr.clamp(max=gamma)
     kind = scheduler.config.prediction_type

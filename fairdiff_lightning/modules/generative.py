@@ -13,6 +13,8 @@ from torch import Tensor
 from fairdiff_lightning.callbacks import warn_about_lost_ema
 from fairdiff_lightning.data.sample import Sample
 from fairdiff_lightning.data.seeding import derive_seed
+from fairdiff_lightning.diffusion import generators
+from fairdiff_lightning.diffusion.noise import Generators
 from fairdiff_lightning.modules.optimization import configure
 
 CARRIED = ("id", "attributes", "seed", "source", "condition")
@@ -49,7 +51,10 @@ class GenerativeModule(LightningModule, ABC):
 
     @abstractmethod
     def losses(self, batch: Sample) -> dict[str, Tensor]:
-        """Named loss terms, ``loss`` is what is minimised; noise comes from the batch's ``seed`` where it has one."""
+        """Named loss terms, ``loss`` is what is minimised.
+
+        Noise and steps come from :meth:`draws`: from the batch's ``seed`` where it has one, but never in training.
+        """
 
     @abstractmethod
     def generate(self, requests: Sample) -> dict[str, Any]:
@@ -57,6 +62,10 @@ class GenerativeModule(LightningModule, ABC):
 
         Everything random comes from ``requests["seed"]`` (B,) int64.
         """
+
+    def draws(self, batch: Sample) -> Generators | None:
+        """A generator for each sample of a batch with ``seed``; None in training, where every epoch needs new noise."""
+        return generators(batch["seed"]) if "seed" in batch and not self.training else None
 
     def training_step(self, batch: Sample, batch_idx: int) -> Tensor:
         """One step on a batch of the contract."""

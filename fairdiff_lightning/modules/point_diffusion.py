@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Iterable, Sequence
-from copy import deepcopy
+from functools import partial
 from typing import Any, Literal, cast
 
 import torch
@@ -16,14 +15,29 @@ from torch.nn import functional as F
 
 from fairdiff_lightning.data.sample import UNKNOWN, Sample
 from fairdiff_lightning.data.seeding import derive_seed
-from fairdiff_lightning.diffusion import build_scheduler, gaussian, generators, timesteps, training_target
-from fairdiff_lightning.geometry import DISC_AND_CUP, StructureSpec, points_to_mask, points_to_masks
+from fairdiff_lightning.diffusion import (
+    add_noise,
+    build_scheduler,
+    build_training_scheduler,
+    gaussian,
+    timesteps,
+    training_target,
+)
+from fairdiff_lightning.geometry import DISC_AND_CUP, StructureSpec, points_to_masks
 from fairdiff_lightning.geometry.filling import DecodeMethod
 from fairdiff_lightning.metrics.generation import generation_scores
-from fairdiff_lightning.modules.data_facts import check_data, chosen_attribute
+from fairdiff_lightning.modules.cloud_sampling import (
+    Decoded,
+    UndecodableCloudError,
+    decode_each,
+    draw_clouds,
+    draw_masks,
+)
+from fairdiff_lightning.modules.data_facts import check_data, check_requests, chosen_attribute, group_of
 from fairdiff_lightning.modules.generative import GenerativeModule
 from fairdiff_lightning.networks.checkpoint import LoadReport, Source, check_state_dict, describe, read_state_dict
-from fairdiff_lightning.networks.point_vae import LATENT_DIM, PointVAE, gaussian_entropy
+from fairdiff_lightning.networks.cloud_statistics import CloudStatistics
+from fairdiff_lightning.networks.point_vae import PointVAE, gaussian_entropy
 
 NOISE = {"num_train_timesteps": 100, "clip_sample": False, "timestep_spacing": "trailing"}
 TERMINAL_NOISE: dict[str, dict[str, Any]] = {
@@ -32,21 +46,6 @@ TERMINAL_NOISE: dict[str, dict[str, Any]] = {
 }
 TAG = 5.0
 """Third coordinate of the innermost structure's points."""
-MAX_DRAWS = 8
-"""Clouds that are drawn for a request before it is given up."""
-
-
-class UndecodableCloudError(ValueError):
-    """Generated clouds that outline no mask.
-
-    Args:
-        message: which, and why.
-        points: all clouds (B, N, 3) of the batch, in pixels.
-    """
-
-    def __init__(self, message: str, points: Tensor) -> None:
-        super().__init__(message)
-        self.points = points
 
 
 class PointDiffusion(GenerativeModule):
@@ -68,7 +67,7 @@ class PointDiffusion(GenerativeModule):
         terminal_snr: ``zero`` ends the noising in noise alone, which sampling starts from; ``reference`` does not.
         time: what tells the denoiser the step: twice the ``angle`` whose sine and cosine are the shares of noise and
             signal, from 0 to pi, or the value of ``beta``.
-        scheduler: diffusers scheduler of the training noise.
+        scheduler: diffusers scheduler of the training noise (variance-preserving).
         scheduler_args: its arguments, which win over those that ``terminal_snr`` implies.
         sampler: diffusers scheduler that samples along the same noise.
         sampler_args: its arguments.
@@ -108,8 +107,9 @@ class PointDiffusion(GenerativeModule):
                                                                                           the data's ``groups``
         sampling            100 ancestral steps            20 steps, second order         ``sampler``, ``num_steps``
         random numbers      one global stream              the sample's own seed          not offered
-        precision           float32                        float64 while sampling: the    not offered
-                                                           same masks in any batch
+        precision           float32                        the network samples in         not offered
+                                                           float64: the same masks in
+                                                           any batch
         decoding            closing, masks 3-5 % too       polygon                        ``decoder: closing``
                             large
         broken outlines     a mask without the structure   drawn again                    ``decoder: closing``
@@ -119,10 +119,6 @@ class PointDiffusion(GenerativeModule):
         ``reference_behaviour=True`` restores all that can be but the groups.
     """
 
-    shift: Tensor
-    scale: Tensor
-    measured: Tensor
-    num_clouds: Tensor
     times: Tensor
 
     def __init__(
@@ -160,10 +156,10 @@ class PointDiffusion(GenerativeModule):
         self.image_size = (image_size, image_size) if isinstance(image_size, int) else image_size
         self.structures = _structures(num_classes)
         self.num_points, self.kl_weight, self.unknown_share = num_points, kl_weight, unknown_share
-        self.normalization, self.terminal_snr = normalization, terminal_snr
+        self.time = time
         self.decoder: DecodeMethod = decoder
         noise = build_scheduler("DDPMScheduler", NOISE | TERMINAL_NOISE[terminal_snr])
-        self.scheduler = build_scheduler(scheduler, scheduler_args, like=noise)
+        self.scheduler = build_training_scheduler(scheduler, scheduler_args, like=noise)
         self.sampler, self.num_steps = sampler, num_steps
         if reference_behaviour:
             self.sampler, self.num_steps = "DDPMScheduler", len(self.scheduler.betas)
@@ -173,61 +169,43 @@ class PointDiffusion(GenerativeModule):
         self.network = PointVAE(groups)
         self.monitor = "val/mmd" if num_validation_samples else "val/loss"
         self._compared: list[tuple[Tensor, Tensor]] = []
-        self.register_buffer("times", self._step_times(time), persistent=False)
-        height, width = self.image_size  # before the statistics are measured: the middle of the frame
-        self.register_buffer("shift", torch.tensor([(height - 1) / 2, (width - 1) / 2, 0.0]))
-        self.register_buffer("scale", torch.tensor([height / 8, width / 8, TAG]))
-        self.register_buffer("measured", torch.tensor(False))
-        self.register_buffer("num_clouds", torch.zeros(groups + 1, dtype=torch.int64))
+        self.register_buffer("times", self._step_times(), persistent=False)
+        self.statistics = CloudStatistics(self.image_size, TAG, groups, self.attribute, normalization)
 
     def setup(self, stage: str) -> None:
         """Check that the data are what the module was built for, and compile."""
+        if self.trainer.precision in ("bf16-true", "16-true"):
+            raise ValueError(
+                f"precision={self.trainer.precision}: half precision has no room for coordinates of hundreds of pixels "
+                "and their statistics. Use bf16-mixed (or 16-mixed), which rounds the network's products alone."
+            )
         self._check_data(getattr(self.trainer, "datamodule", None), stage)
         if self.hparams["compile"]:
             for part in (self.network.encoder, self.network.flow, self.network.denoiser):
                 part.compile()
 
     def on_fit_start(self) -> None:
-        """Measure the training clouds' statistics, unless a checkpoint has brought them."""
-        if bool(self.measured):
-            return
-        self.trainer.fit_loop.setup_data()
-        self.measure(cast(Iterable[Sample], self.trainer.train_dataloader))
+        """Measure and count the training clouds, unless a checkpoint has brought that."""
+        if not self.statistics.complete:
+            self.trainer.fit_loop.setup_data()
+            loader = cast(Iterable[Sample], self.trainer.train_dataloader)
+            self.measure(loader, count_only=bool(self.statistics.measured))
 
-    def measure(self, batches: Iterable[Sample]) -> None:
-        """Set the statistics that normalise points to those of all clouds of the batches, over all devices."""
-        sums = torch.zeros(3, 3, dtype=torch.float64)  # count, sum and sum of squares of each axis
-        counts = torch.zeros_like(self.num_clouds, device="cpu")
-        for batch in batches:
-            points = self._checked_points(batch).double().cpu()
-            sums += torch.stack([torch.full_like(points, 1), points, points.square()]).sum((1, 2))
-            group = self._group_of(batch).cpu() if self.attribute else torch.full((len(points),), UNKNOWN)
-            self._check_known(group)
-            counts += torch.bincount(group.where(group != UNKNOWN, len(counts) - 1), minlength=len(counts))
-        if self._trainer is not None and self.trainer.world_size > 1:
-            device = self.trainer.strategy.root_device
-            sums, counts = (self.trainer.strategy.reduce(x.to(device), reduce_op="sum") for x in (sums, counts))
-        if self.normalization == "reference":
-            shift = sums[1] / sums[0]
-            sums = sums.sum(1, keepdim=True).expand(3, 3)
-        mean = sums[1] / sums[0]
-        scale = ((sums[2] - sums[0] * mean.square()) / (sums[0] - 1)).sqrt()
-        if self.normalization == "per_axis":
-            shift = torch.cat([mean[:2], mean.new_zeros(1)])
-            scale = torch.cat([scale[:2], scale.new_tensor([TAG])])
-        self.shift.copy_(shift)
-        self.scale.copy_(scale)
-        self.num_clouds.copy_(counts)
-        self.measured.fill_(True)
+    def measure(self, batches: Iterable[Sample], count_only: bool = False) -> None:
+        """Set the statistics to those of all clouds of the batches, over all devices.
 
-    def normalize(self, points: Tensor) -> Tensor:
-        """Points in pixels (..., 3) to what the network sees."""
-        return (points - self.shift) / self.scale
-
-    def denormalize(self, points: Tensor) -> Tensor:
-        """What the network sees (..., 3) to points in pixels."""
-        shift, scale = self.shift.to(points.device), self.scale.to(points.device)
-        return points * scale.to(points.dtype) + shift.to(points.dtype)
+        Args:
+            batches: with ``points``, and the attribute of a conditional model.
+            count_only: count the groups' clouds, and leave the normalisation as it is.
+        """
+        clouds = ((self._checked_points(batch), self._known_group(batch)) for batch in batches)
+        if self._trainer is None or self.trainer.world_size == 1:
+            self.statistics.measure(clouds, count_only=count_only)
+        else:
+            device, reduce = self.trainer.strategy.root_device, self.trainer.strategy.reduce
+            self.statistics.measure(
+                clouds, lambda sums: cast(Tensor, reduce(sums.to(device), reduce_op="sum")), count_only
+            )
 
     def forward(self, points: Tensor, steps: Tensor, latent: Tensor, group: Tensor | None = None) -> Tensor:
         """What the diffusion predicts (B, N, 3) for normalised noisy points at their steps (B,), from 0 on."""
@@ -236,12 +214,12 @@ class PointDiffusion(GenerativeModule):
 
     def losses(self, batch: Sample) -> dict[str, Tensor]:
         """Terms of the bound on a batch's likelihood; the noise term is a mean over points, as in the reference."""
-        draws = generators(batch["seed"]) if "seed" in batch else None
-        points, group = self.normalize(self._checked_points(batch)), self.group(batch)
+        draws = self.draws(batch)
+        points, group = self.statistics.normalize(self._checked_points(batch)), self.group(batch)
         mean, log_variance = (code.to(points.dtype) for code in self.network.encode(points))  # from autocast
         latent = mean + (0.5 * log_variance).exp() * gaussian(mean, draws)
         steps, noise = timesteps(points, len(self.times), draws), gaussian(points, draws)
-        prediction = self(self.scheduler.add_noise(points, noise, steps), steps, latent, group)
+        prediction = self(add_noise(self.scheduler, points, noise, steps), steps, latent, group)
         target = training_target(self.scheduler, points, noise, steps)
         return self.objective(prediction, target, log_variance, self.network.log_prior(latent, group))
 
@@ -270,7 +248,7 @@ class PointDiffusion(GenerativeModule):
         """Group indices (B,) of a batch, some of them hidden while training; None for a model without groups."""
         if self.attribute is None:
             return None
-        group = self._group_of(batch)
+        group = group_of(batch, self.attribute)
         if not self.training:
             return group
         return group.masked_fill(torch.rand(group.shape, device=group.device) < self.unknown_share, UNKNOWN)
@@ -298,7 +276,7 @@ class PointDiffusion(GenerativeModule):
         if num < 1 or batch_size < 1:
             raise ValueError(f"num and batch_size must be at least 1, but are {num} and {batch_size}.")
         groups = torch.as_tensor(UNKNOWN if group is None else group).expand(num)
-        self._check_groups(groups)
+        self.statistics.check_trained(groups)
         seeds = torch.tensor([derive_seed(seed, i) for i in range(num)])
         parts = [slice(i, i + batch_size) for i in range(0, num, batch_size)]
         return torch.cat([self.draw(seeds[part], groups[part], num_steps) for part in parts])
@@ -310,54 +288,25 @@ class PointDiffusion(GenerativeModule):
             ValueError: for a group that the model does not know or that had no training cloud.
             UndecodableCloudError: when a request has had eight such clouds.
         """
-        seeds, group = requests["seed"], self._group_of(requests) if self.attribute else None
+        group = None if self.attribute is None else group_of(requests, self.attribute)
         if group is not None:
-            self._check_groups(group)
-        points = self.draw(seeds, group)
-        masks, errors = self._decode(points)
-        for attempt in range(1, MAX_DRAWS):
-            if not errors:
-                break
-            failed = torch.tensor(list(errors), device=points.device)
-            again = torch.tensor([derive_seed(int(seeds[i]), attempt) for i in errors])
-            points[failed] = self.draw(again, None if group is None else group[failed.to(group.device)])
-            masks[failed], remaining = self._decode(points[failed])
-            errors = {int(failed[i]): error for i, error in remaining.items()}
-        if errors:
-            names = ", ".join(repr(requests["id"][i]) for i in errors)
-            raise UndecodableCloudError(
-                f"no mask for {len(errors)} of {len(points)} requests ({names}): {MAX_DRAWS} clouds of each outline "
-                f"none, the last because: {next(iter(errors.values()))} Train longer, or raise num_steps.",
-                points,
-            )
+            self.statistics.check_trained(group)
+        points, masks = draw_masks(self.draw, self._decode, requests["seed"], group, requests["id"])
         return {"mask": masks, "points": points}
 
     @torch.no_grad()
     def draw(self, seeds: Tensor, group: Tensor | None = None, num_steps: int | None = None) -> Tensor:
         """Clouds (B, N, 3) in pixels, each from its own seed (B,).
 
-        The chain runs in float64: what rounding does to a sum of float32 depends on the size of the batch, and could
-        move a pixel across an outline.
+        See :func:`~fairdiff_lightning.modules.cloud_sampling.draw_clouds`.
         """
         steps = self.num_steps if num_steps is None else num_steps
         if not 1 <= steps <= len(self.times):
             raise ValueError(f"num_steps must lie between 1 and {len(self.times)}, but is {steps}.")
-        device = torch.device("cpu") if self.device.type == "mps" else self.device  # which has no float64
-        network = deepcopy(self.network).to(device).double()
-        group = group.to(device) if group is not None and self.attribute else None
         sampler = build_scheduler(self.sampler, self.hparams["sampler_args"], like=self.scheduler)
-        sampler.set_timesteps(steps)
-        draws = generators(seeds)
-        stochastic = {"generator": draws} if "generator" in inspect.signature(sampler.step).parameters else {}
-        with torch.autocast(device.type, enabled=False):
-            code = torch.empty(len(seeds), LATENT_DIM, dtype=torch.float64, device=device)
-            latent = network.draw_latent(gaussian(code, draws), group)
-            points = gaussian(code.new_empty(len(seeds), self.num_points, 3), draws) * sampler.init_noise_sigma
-            for step in sampler.timesteps:
-                time = self.times[int(step)].to(device).expand(len(seeds))
-                prediction = network(sampler.scale_model_input(points, step), time, latent, group)
-                points = sampler.step(prediction, step, points, **stochastic).prev_sample
-        return self.denormalize(points).float().to(self.device)
+        known = group if self.attribute else None
+        points = draw_clouds(self.network, self.times, sampler, steps, self.num_points, seeds, known)
+        return self.statistics.denormalize(points).float().to(self.device)
 
     def on_validation_epoch_start(self) -> None:
         """Forget the clouds of the validation before."""
@@ -374,7 +323,8 @@ class PointDiffusion(GenerativeModule):
             rank_zero_warn(f"No picture of this validation: {error}")
             output, points = {"generated": None}, error.points
         if points is not None:
-            self._compared.append((self.normalize(points), self.normalize(batch["points"][: len(points)])))
+            held_out = batch["points"][: len(points)]
+            self._compared.append((self.statistics.normalize(points), self.statistics.normalize(held_out)))
         return output
 
     def on_validation_epoch_end(self) -> None:
@@ -400,78 +350,42 @@ class PointDiffusion(GenerativeModule):
                 lacks; without it, ``measure`` or training sets them.
 
         Raises:
-            CheckpointMismatchError: naming every tensor that does not fit.
+            CheckpointMismatchError: naming every tensor that does not fit; nothing is loaded then.
             ValueError: when this module does not predict noise along the checkpoint's schedule.
         """
-        if self.scheduler.config.prediction_type != "epsilon" or not torch.equal(self.times, self._step_times("beta")):
+        if self.scheduler.config.prediction_type != "epsilon" or self.time != "beta":
             raise ValueError(
                 "the authors' weights predict noise, given beta, along a schedule that ends before noise alone: build "
                 "the module with reference_behaviour=True, or with terminal_snr='reference' and time='beta'."
             )
+        numbers = None if statistics is None else read_state_dict(statistics)
+        if statistics is not None and numbers is not None:
+            expected = {"mean": self.statistics.shift[None], "std": self.statistics.scale[:1]}
+            check_state_dict(numbers, expected, describe(statistics))
         report = self.network.load_reference_weights(source, self.scheduler.betas)
-        if statistics is not None:
-            numbers = read_state_dict(statistics)
-            check_state_dict(numbers, {"mean": self.shift[None], "std": self.scale[:1]}, describe(statistics))
-            self.shift.copy_(numbers["mean"][0])
-            self.scale.copy_(numbers["std"])
-            self.measured.fill_(True)
+        if numbers is not None:
+            self.statistics.set(numbers["mean"][0], numbers["std"])
         return report
 
-    def _step_times(self, time: Literal["angle", "beta"]) -> Tensor:
+    def _step_times(self) -> Tensor:
         """What the denoiser is told about each step (T,)."""
-        if time == "beta":
+        if self.time == "beta":
             return cast(Tensor, self.scheduler.betas.clone())
         return cast(Tensor, 2 * (1 - self.scheduler.alphas_cumprod).sqrt().arcsin())
 
-    def _decode(self, points: Tensor) -> tuple[Tensor, dict[int, ValueError]]:
-        """Masks (B, 1, H, W), and what is wrong with those clouds that have none."""
-        size, decoder, structures = self.image_size, self.decoder, self.structures
-        try:
-            return points_to_masks(points, size, decoder, TAG, structures), {}
-        except ValueError:
-            masks = torch.zeros(len(points), 1, *size, dtype=torch.int64, device=points.device)
-        errors = {}
-        for i, cloud in enumerate(points):
-            try:
-                masks[i, 0] = points_to_mask(cloud, size, decoder, TAG, structures)
-            except ValueError as error:
-                errors[i] = error
-        return masks, errors
+    def _decode(self, points: Tensor) -> Decoded:
+        size, method = self.image_size, self.decoder
+        decode = partial(points_to_masks, size=size, method=method, z=TAG, structures=self.structures)
+        return decode_each(points, decode, size)
 
-    def _group_of(self, batch: Sample) -> Tensor:
-        attributes = batch["attributes"]
-        if self.attribute is None or self.attribute not in attributes:
-            raise ValueError(
-                f"the batch carries the attributes {sorted(attributes)}, but the model is conditional on "
-                f"'{self.attribute}': name it in the data module's `attributes`, or build with conditional=False."
-            )
-        return attributes[self.attribute]
+    def _known_group(self, batch: Sample) -> Tensor:
+        return group_of(batch, self.attribute) if self.attribute else torch.full((len(batch["id"]),), UNKNOWN)
 
     def _with_trained_groups(self, batch: Sample) -> Sample:
         if self.attribute is None:
             return batch
-        group = self._group_of(batch)
-        self._check_known(group)
-        trained = group.where(self.num_clouds[group] > 0, UNKNOWN)
+        trained = self.statistics.trained(group_of(batch, self.attribute))
         return cast(Sample, {**batch, "attributes": {**batch["attributes"], self.attribute: trained}})
-
-    def _check_known(self, groups: Tensor) -> None:
-        known = len(self.num_clouds) - 1
-        foreign = sorted(set(groups.tolist()) - set(range(UNKNOWN, known)))
-        if foreign:
-            has = f"'{self.attribute}' has groups 0 to {known - 1}" if known else "the model has no groups"
-            raise ValueError(f"group {foreign} was found, but {has}; -1 (or None) is no group in particular.")
-
-    def _check_groups(self, groups: Tensor) -> None:
-        """Refuse what cannot be generated; a model that was never trained generates for all groups alike."""
-        self._check_known(groups)
-        counts = self.num_clouds.tolist()[:-1]
-        absent = sorted(g for g in set(groups.tolist()) - {UNKNOWN} if not counts[g])
-        if absent and any(self.num_clouds.tolist()):
-            raise ValueError(
-                f"group {absent} of '{self.attribute}' was asked for, but had no training cloud (clouds of each group: "
-                f"{counts}): it cannot be generated."
-            )
 
     def _checked_points(self, batch: Sample) -> Tensor:
         if "points" not in batch:
@@ -489,6 +403,8 @@ class PointDiffusion(GenerativeModule):
                 f"{type(data).__name__}.num_points is {data.num_points}, the module's is {self.num_points}: set "
                 f"--data.num_points={self.num_points}, or the module's to the data's."
             )
+        if stage == "predict":
+            check_requests(data, self.attribute)
         groups = {self.attribute: self.num_groups[self.attribute]} if self.attribute else {}
         check_data(data, groups, num_classes=len(self.structures) + 1, image_size=self.image_size)
 

@@ -71,13 +71,16 @@ def read_state_dict(source: Source) -> dict[str, Tensor]:
     """Tensors of a checkpoint by name, without the prefixes that DataParallel and ``torch.compile`` add.
 
     Args:
-        source: path of a PyTorch or safetensors file, or a mapping; both may wrap the tensors in ``state_dict``.
+        source: path of a PyTorch or safetensors file, or a mapping; both may wrap the tensors in ``state_dict``, and a
+            file may be a list that begins with them.
 
     Raises:
         FileNotFoundError: when there is no such file.
         ValueError: when it is no checkpoint that can be read safely, or holds other things than tensors.
     """
     content: Any = source if isinstance(source, Mapping) else _read(Path(source))
+    if isinstance(content, list) and content and isinstance(content[0], Mapping):
+        content = content[0]
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]
     if not isinstance(content, Mapping):

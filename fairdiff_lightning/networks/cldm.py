@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
-from fairdiff_lightning.networks.checkpoint import check_state_dict
+from fairdiff_lightning.networks.checkpoint import LoadReport, check_state_dict
 from fairdiff_lightning.networks.prompts import PromptEncoder
 
 PREFIXES = {"ControlNetModel": "control_model.", "UNet2DConditionModel": "model.diffusion_model."}
@@ -61,21 +62,57 @@ def to_cldm(*networks: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def load_cldm(network: nn.Module, state: Mapping[str, Tensor], source: str) -> tuple[str, ...]:
-    """Load a network's part of an original checkpoint, strictly.
+@dataclass(frozen=True)
+class Match:
+    """A network and the part of a checkpoint that fits it.
+
+    Attributes:
+        network: has ``load_state_dict``.
+        tensors: by the network's own names.
+        names: of the tensors, as the checkpoint has them.
+    """
+
+    network: Any
+    tensors: Mapping[str, Tensor]
+    names: tuple[str, ...]
+
+    def load(self) -> None:
+        """Copy the tensors into the network."""
+        self.network.load_state_dict(self.tensors)
+
+
+def load_cldm(
+    networks: Sequence[nn.Module],
+    state: Mapping[str, Tensor],
+    source: str,
+    vae: Any = None,
+    prompts: PromptEncoder | None = None,
+) -> LoadReport:
+    """Load an original checkpoint strictly, all of it or nothing.
 
     Args:
-        network: a ``ControlNetModel`` or ``UNet2DConditionModel``.
+        networks: a ``ControlNetModel`` and a ``UNet2DConditionModel``, or one of them; their parts must be there.
         state: tensors of the checkpoint; other parts are left alone, and a ControlNet may come without its prefix.
         source: the checkpoint's name for messages.
-
-    Returns:
-        Names, as the checkpoint has them, of the tensors that were loaded.
+        vae: ``AutoencoderKL``, loaded from ``first_stage_model`` where that is there.
+        prompts: with a CLIP text encoder, loaded from ``cond_stage_model`` where that is there.
 
     Raises:
-        ValueError: when the checkpoint has no such part, naming those that it has.
+        ValueError: when the checkpoint lacks a network's part, naming those that it has.
         CheckpointMismatchError: naming every missing, unexpected or misshapen tensor.
     """
+    found = [_match(network, state, source) for network in networks]
+    found += [_match_autoencoder(vae, state, source)] if vae is not None else []
+    found += [_match_text_encoder(prompts, state, source)] if prompts is not None else []
+    found = [match for match in found if match.names]
+    for match in found:
+        match.load()
+    loaded = tuple(name for match in found for name in match.names)
+    known = set(loaded)
+    return LoadReport(source, loaded, tuple(name for name in state if name not in known))
+
+
+def _match(network: nn.Module, state: Mapping[str, Tensor], source: str) -> Match:
     kind = type(network).__name__
     prefix = PREFIXES[kind]
     if kind == "ControlNetModel" and "zero_convs.0.0.weight" in state:
@@ -89,42 +126,31 @@ def load_cldm(network: nn.Module, state: Mapping[str, Tensor], source: str) -> t
         )
     names, tensors = original_names(network), network.state_dict()
     check_state_dict(found, {original: tensors[name] for name, original in names.items()}, source)
-    network.load_state_dict({name: found[original] for name, original in names.items()})
-    return tuple(prefix + original for original in names.values())
+    renamed = {name: found[original] for name, original in names.items()}
+    return Match(network, renamed, tuple(prefix + original for original in names.values()))
 
 
-def load_cldm_autoencoder(vae: Any, state: Mapping[str, Tensor], source: str) -> tuple[str, ...]:
-    """Load an ``AutoencoderKL`` from the ``first_stage_model`` of an original checkpoint, strictly, if it has one.
-
-    Returns:
-        Names, as the checkpoint has them, of the tensors that were loaded.
-    """
+def _match_autoencoder(vae: Any, state: Mapping[str, Tensor], source: str) -> Match:
     from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 
     parts = tuple(f"first_stage_model.{part}." for part in ("encoder", "decoder", "quant_conv", "post_quant_conv"))
     found = {name: tensor for name, tensor in state.items() if name.startswith(parts)}
-    if found:
-        converted = convert_ldm_vae_checkpoint(found, vae.config)  # type: ignore[no-untyped-call]
-        check_state_dict(converted, vae.state_dict(), f"the first_stage_model of {source}, in diffusers' names,")
-        vae.load_state_dict(converted)
-    return tuple(found)
+    if not found:
+        return Match(vae, {}, ())
+    converted = convert_ldm_vae_checkpoint(found, vae.config)  # type: ignore[no-untyped-call]
+    check_state_dict(converted, vae.state_dict(), f"the first_stage_model of {source}, in diffusers' names,")
+    return Match(vae, converted, tuple(found))
 
 
-def load_cldm_text_encoder(prompts: PromptEncoder, state: Mapping[str, Tensor], source: str) -> tuple[str, ...]:
-    """Load a CLIP text encoder from the ``cond_stage_model`` of an original checkpoint, strictly, if it has one.
-
-    Returns:
-        Names, as the checkpoint has them, of the tensors that were loaded.
-    """
+def _match_text_encoder(prompts: PromptEncoder, state: Mapping[str, Tensor], source: str) -> Match:
     prefix, expected = "cond_stage_model.transformer.", prompts.encoder.state_dict()
     names = [name for name in state if name.startswith(prefix) and not name.endswith("position_ids")]
+    flat = not any(name.startswith("text_model.") for name in expected)  # transformers 5.6 dropped the level
+    inner = f"{prefix}text_model." if flat else prefix
+    found = {name.removeprefix(inner): state[name] for name in names}
     if names:
-        flat = not any(name.startswith("text_model.") for name in expected)  # transformers 5.6 dropped the level
-        inner = f"{prefix}text_model." if flat else prefix
-        found = {name.removeprefix(inner): state[name] for name in names}
         check_state_dict(found, expected, f"the cond_stage_model of {source}")
-        prompts.load_state_dict(found)
-    return tuple(names)
+    return Match(prompts, found, tuple(names))
 
 
 def _original(name: str, config: Any) -> str | None:

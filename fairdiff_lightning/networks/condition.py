@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import colorsys
+from collections.abc import Mapping
 from functools import cache
+from typing import Any, Literal
 
 import cv2
 import numpy as np
@@ -12,6 +14,56 @@ import torch.nn.functional as F
 from torch import Tensor
 
 GOLDEN = (5**0.5 - 1) / 2
+Kind = Literal["one_hot", "colours", "edge"]
+
+
+class Condition:
+    """What a control branch sees of a batch, and what the batch must have for it.
+
+    Args:
+        kind: ``one_hot`` masks, masks in ``colours``, or the ``edge`` map.
+        num_classes: number of classes of the mask, the background included.
+        size: height and width of the images, pixels.
+        blended: resize masks of any size and aspect ratio as FairDiff's code does, see :func:`blended_colours`.
+    """
+
+    def __init__(self, kind: Kind, num_classes: int, size: tuple[int, int], blended: bool = False) -> None:
+        self.kind, self.num_classes, self.size, self.blended = kind, num_classes, size, blended
+        self.channels = num_classes if kind == "one_hot" else 3
+        self.key = "edge" if kind == "edge" else "mask"
+
+    def __call__(self, batch: Mapping[str, Any]) -> Tensor:
+        """What the control branch sees (B, K, H, W) in [0, 1], at the size of the images."""
+        if self.kind == "edge":
+            edge: Tensor = batch["edge"]
+            return edge.expand(-1, 3, -1, -1)
+        if self.kind == "colours" and self.blended:
+            return blended_colours(batch["mask"], self.num_classes, self.size)
+        mask = resize_labels(batch["mask"], self.size)
+        return colours(mask, self.num_classes) if self.kind == "colours" else one_hot(mask, self.num_classes)
+
+    def check_key(self, batch: Mapping[str, Any]) -> None:
+        """Refuse a batch that lacks what the control branch sees."""
+        if self.key not in batch:
+            raise ValueError(f"'{batch['id'][0]}' has {sorted(batch)}; condition='{self.kind}' needs '{self.key}'.")
+
+    def check_sizes(self, batch: Mapping[str, Any]) -> None:
+        """Refuse training samples of another size than the images'; one that is resized may have any."""
+        for name in ("image",) if self.blended and self.key == "mask" else ("image", self.key):
+            found = tuple(batch[name].shape[-2:])
+            if found != self.size:
+                raise ValueError(
+                    f"'{name}' of sample {batch['id'][0]!r} has size {found}; image and {self.key} must have "
+                    f"image_size, {self.size}."
+                )
+
+    def check_values(self, batch: Mapping[str, Any]) -> None:
+        """Refuse a wrong shape or class; this waits for the device."""
+        where = f"'{self.key}' of {batch['id'][0]!r}"
+        if self.key == "mask":
+            check_labels(batch["mask"], self.num_classes, self.size, where, self.blended)
+        elif tuple(batch["edge"].shape[1:]) != (1, *self.size):
+            raise ValueError(f"{where} has shape {tuple(batch['edge'].shape)}; expected is (B, 1, *{self.size}).")
 
 
 @cache
@@ -57,8 +109,14 @@ def one_hot(mask: Tensor, num_classes: int) -> Tensor:
 
 def colours(mask: Tensor, num_classes: int) -> Tensor:
     """Class indices (B, 1, H, W) as RGB (B, 3, H, W) in [0, 1] by :func:`palette`."""
-    table = torch.tensor(palette(num_classes), device=mask.device)
-    return table[mask[:, 0]].permute(0, 3, 1, 2).contiguous()
+    return _table(num_classes, mask.device)[mask[:, 0]].permute(0, 3, 1, 2).contiguous()
+
+
+@cache
+def _table(num_classes: int, device: torch.device) -> Tensor:
+    """The palette (K, 3) on a device, where it stays: to bring it there would make every step wait."""
+    with torch.inference_mode(False):  # it serves training too
+        return torch.tensor(palette(num_classes), dtype=torch.float32, device=device)
 
 
 def blended_colours(mask: Tensor, num_classes: int, size: tuple[int, int]) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from fairdiff_lightning.networks.checkpoint import read_state_dict
+from fairdiff_lightning.networks.checkpoint import describe, read_state_dict
 from fairdiff_lightning.networks.cldm import load_cldm
 
 HINT_WIDTHS = (16, 32, 96, 256)
@@ -40,7 +40,7 @@ def build_controlnet(source: str | None, unet: Any, factor: int, channels: int, 
         unet, conditioning_embedding_out_channels=widths, conditioning_channels=channels, load_weights_from_unet=True
     )
     if source is not None:
-        load_cldm(grown, read_state_dict(source), f"'{source}'")
+        load_cldm([grown], read_state_dict(source), describe(source))
     elif not silent:
         outlets = (*grown.controlnet_down_blocks, grown.controlnet_mid_block)
         for convolution in (*outlets, grown.controlnet_cond_embedding.conv_out):

@@ -7,7 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fairdiff_lightning.networks.prompts import PromptEncoder
+from torch import Tensor
+
+from fairdiff_lightning.networks.checkpoint import read_state_dict
+from fairdiff_lightning.networks.prompts import LEARNED_FILE, PromptEncoder
 
 TINY = "tiny"
 TINY_UNET: dict[str, Any] = {
@@ -39,6 +42,7 @@ class LatentDiffusion:
         vae: ``AutoencoderKL``, or :class:`~fairdiff_lightning.networks.pixels.PatchAutoencoder` for pixels.
         noise: arguments of the noise schedule, for any scheduler of diffusers.
         prompts: the text encoder, None when there is none.
+        learned: prompts that were learned instead, None when there are none.
         trained: whether the UNet has trained weights, which a new control branch must not disturb.
     """
 
@@ -46,12 +50,23 @@ class LatentDiffusion:
     vae: Any
     noise: dict[str, Any]
     prompts: PromptEncoder | None = None
+    learned: Tensor | None = None
     trained: bool = True
 
     @property
     def factor(self) -> int:
         """Pixels of the image to one of the latents, along each side."""
         return int(2 ** (len(self.vae.config.block_out_channels) - 1))
+
+    def check_images(self, size: tuple[int, int], channels: int) -> None:
+        """Refuse images (channels, *size) that the base cannot make."""
+        if any(side % self.factor for side in size):
+            raise ValueError(f"image_size {size}: the base needs sides that are multiples of {self.factor}.")
+        wanted = self.vae.config.in_channels
+        if channels not in (1, wanted):
+            raise ValueError(
+                f"in_channels {channels}: the base makes images of {wanted} channels, which serve 1 or {wanted}."
+            )
 
 
 def load_base(source: str, in_channels: int, arguments: Mapping[str, Any], pretrained: bool = True) -> LatentDiffusion:
@@ -64,36 +79,39 @@ def load_base(source: str, in_channels: int, arguments: Mapping[str, Any], pretr
         pretrained: load the weights of UNet and autoencoder; otherwise a folder's configurations suffice.
 
     Raises:
-        ValueError: for a folder that is no such pipeline, saying what it lacks, or a wrong argument.
+        ValueError: for a folder that is no such pipeline, saying what it lacks, a Stable Diffusion of another kind
+            (XL, inpainting), saying what differs, or a wrong argument.
     """
     if source == TINY:
         return _tiny(in_channels, arguments)
     if arguments:
         raise ValueError(f"base_args {sorted(arguments)} are for base='tiny'; '{source}' brings its own configuration.")
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-
-    from fairdiff_lightning.networks.pixels import PatchAutoencoder
-
     folder = Path(source)
     if folder.is_dir():
         _check_folder(folder, ("unet/config.json", "vae/config.json", "scheduler/scheduler_config.json"))
     try:
-        unet = _model(UNet2DConditionModel, source, "unet", pretrained)
-        pixels = AutoencoderKL.load_config(source, subfolder="vae")["_class_name"] == PatchAutoencoder.__name__
-        vae = _model(PatchAutoencoder if pixels else AutoencoderKL, source, "vae", pretrained)
-        has_text = not folder.is_dir() or (folder / "text_encoder").is_dir()
-        return LatentDiffusion(unet, vae, _noise(source), _prompts(source) if has_text else None, pretrained)
+        base = _load(source, pretrained, has_text=not folder.is_dir() or (folder / "text_encoder").is_dir())
     except OSError as error:
         raise ValueError(
             f"base='{source}' cannot be loaded: it is neither a whole folder that a Stable Diffusion pipeline was "
             f"saved to, nor an id that the hub (reachable?) knows, nor 'tiny'. ({error})"
         ) from error
+    _check_parts(base, source)
+    if pretrained and base.prompts is None and (folder / LEARNED_FILE).is_file():
+        base.learned = read_state_dict(folder / LEARNED_FILE)["prompts"]
+    return base
 
 
-def load_config(model: Any, source: str, subfolder: str | None = None) -> dict[str, Any]:
-    """The configuration of a model of diffusers, from a folder or the hub."""
-    config: dict[str, Any] = model.load_config(source, subfolder=subfolder)
-    return config
+def _load(source: str, pretrained: bool, has_text: bool) -> LatentDiffusion:
+    from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+
+    from fairdiff_lightning.networks.pixels import PatchAutoencoder
+
+    unet = _model((UNet2DConditionModel,), source, "unet", pretrained)
+    vae = _model((AutoencoderKL, PatchAutoencoder), source, "vae", pretrained)
+    # latents are not bounded, so they are not clipped unless the base says so
+    noise = {"clip_sample": False, **DDPMScheduler.load_config(source, subfolder="scheduler")}
+    return LatentDiffusion(unet, vae, noise, _prompts(source) if has_text else None, trained=pretrained)
 
 
 def _tiny(in_channels: int, arguments: Mapping[str, Any]) -> LatentDiffusion:
@@ -124,17 +142,32 @@ def _tiny(in_channels: int, arguments: Mapping[str, Any]) -> LatentDiffusion:
     return LatentDiffusion(unet, PatchAutoencoder(in_channels, widths, scaling), dict(TINY_NOISE), trained=False)
 
 
-def _model(cls: Any, source: str, part: str, pretrained: bool) -> Any:
-    if pretrained:
-        return cls.from_pretrained(source, subfolder=part)
-    return cls.from_config(load_config(cls, source, part))
+def _model(classes: tuple[Any, ...], source: str, part: str, pretrained: bool) -> Any:
+    config = classes[0].load_config(source, subfolder=part)
+    known = {cls.__name__: cls for cls in classes}
+    if config.get("_class_name") not in known:
+        raise ValueError(
+            f"base='{source}': its {part} is of class {config.get('_class_name')}; that of a Stable Diffusion 1 or 2 "
+            f"is {classes[0].__name__}."
+        )
+    cls = known[config["_class_name"]]
+    return cls.from_pretrained(source, subfolder=part) if pretrained else cls.from_config(config)
 
 
-def _noise(source: str) -> dict[str, Any]:
-    """The schedule's own arguments; latents are not bounded, so they are not clipped unless the base says so."""
-    from diffusers import DDPMScheduler
-
-    return {"clip_sample": False, **load_config(DDPMScheduler, source, "scheduler")}
+def _check_parts(base: LatentDiffusion, source: str) -> None:
+    """Refuse parts that need more than a noisy latent, a step and a prompt, or do not fit each other."""
+    unet, vae, text = base.unet.config, base.vae.config, base.prompts
+    latents = vae.get("latent_channels", vae.in_channels * base.factor**2)  # the patches of pixels have no such entry
+    wrong = []
+    if unet.addition_embed_type not in (None, "text"):
+        wrong.append(f"its UNet has addition_embed_type '{unet.addition_embed_type}', as Stable Diffusion XL has")
+    if unet.in_channels != latents:
+        wrong.append(f"its UNet takes {unet.in_channels} channels and its autoencoder makes {latents} (inpainting?)")
+    if text is not None and text.encoder.config.hidden_size != unet.cross_attention_dim:
+        width = text.encoder.config.hidden_size
+        wrong.append(f"its text encoder makes {width} channels and its UNet expects {unet.cross_attention_dim}")
+    if wrong:
+        raise ValueError(f"base='{source}': {'; '.join(wrong)}. Give a text-to-image Stable Diffusion 1 or 2.")
 
 
 def _prompts(source: str) -> PromptEncoder:

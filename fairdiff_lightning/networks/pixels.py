@@ -39,7 +39,7 @@ class PatchAutoencoder(ModelMixin, ConfigMixin):
         if tuple(block_out_channels) != expected:
             raise ValueError(f"block_out_channels {tuple(block_out_channels)}: {in_channels} channels make {expected}.")
         self.patch = 2 ** (len(block_out_channels) - 1)
-        self.register_buffer("scaling", torch.tensor(scaling_factor))  # tells device and type, and makes a file
+        self.register_buffer("scaling", torch.tensor(float(scaling_factor)))  # tells device and type, and makes a file
 
     def encode(self, x: Tensor, return_dict: bool = True) -> Any:
         """Latents of an image, as a distribution without spread."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,13 +13,17 @@ GROUP = "{group}"
 UNKNOWN_GROUP = "unknown"
 """The word for a group that is not known."""
 LEARNED_TOKENS = 4
+LEARNED_FILE = "prompts.safetensors"
+"""Where a saved pipeline has its learned prompts."""
+REMEMBERED = 1024
+"""Texts whose embeddings are kept, 240 kB each with CLIP."""
 
 
 class PromptEncoder:
-    """A frozen CLIP text encoder behind a memory of what it has encoded.
+    """A frozen CLIP text encoder behind a memory of what it has encoded last.
 
-    It is no ``nn.Module`` on purpose: the encoder stays on the CPU and out of parameters, checkpoints and averages;
-    only embeddings reach the device.
+    It is no ``nn.Module`` on purpose: the encoder stays out of parameters, checkpoints and averages, and on the CPU
+    unless a pipeline that shares it moves it; only embeddings reach the device.
 
     Args:
         tokenizer: of ``transformers``.
@@ -27,19 +32,33 @@ class PromptEncoder:
 
     def __init__(self, tokenizer: Any, encoder: Any) -> None:
         self.tokenizer, self.encoder = tokenizer, encoder.eval().requires_grad_(False)
-        self._known: dict[tuple[str, torch.device], Tensor] = {}
+        self._known: OrderedDict[str, Tensor] = OrderedDict()
+        self._kept: dict[tuple[tuple[str, ...], torch.device], Tensor] = {}
 
     def __call__(self, texts: Sequence[str], device: torch.device) -> Tensor:
-        """Embeddings (P, L, D) of the texts, on the device."""
-        new = sorted({text for text in texts if (text, device) not in self._known})
-        if new:
-            self._known |= zip([(text, device) for text in new], self._encode(new).to(device), strict=True)
-        return torch.stack([self._known[text, device] for text in texts])
+        """Embeddings (P, L, D) of the texts, float32, on the device."""
+        with torch.inference_mode(False), torch.no_grad():  # what is met while predicting must serve training too
+            new = sorted(set(texts) - self._known.keys())
+            if new:
+                self._known |= {text: row.clone() for text, row in zip(new, self._encode(new), strict=True)}
+            rows = torch.stack([self._known[text] for text in texts])
+            for text in texts:
+                self._known.move_to_end(text)
+            while len(self._known) > REMEMBERED:
+                self._known.popitem(last=False)
+            return (rows.pin_memory() if device.type == "cuda" else rows).to(device, non_blocking=True)
+
+    def keep(self, texts: tuple[str, ...], device: torch.device) -> Tensor:
+        """The same for a generator's own few prompts, which stay on the device."""
+        if (texts, device) not in self._kept:
+            self._kept[texts, device] = self(texts, device)
+        return self._kept[texts, device]
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Replace the encoder's weights and forget what was encoded with the old ones."""
         self.encoder.load_state_dict(state)
         self._known.clear()
+        self._kept.clear()
 
     def _encode(self, texts: list[str]) -> Tensor:
         tokens = self.tokenizer(
@@ -49,10 +68,10 @@ class PromptEncoder:
             truncation=True,
             return_tensors="pt",
         )
-        # no inference mode: what is remembered while predicting must serve training too
-        with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
-            embeddings: Tensor = self.encoder(tokens.input_ids.clone())[0]
-        return embeddings
+        device = next(self.encoder.parameters()).device
+        with torch.autocast(device.type, enabled=False):
+            embeddings: Tensor = self.encoder(tokens.input_ids.clone().to(device))[0]
+        return embeddings.float().cpu()
 
 
 class Prompts(nn.Module):
@@ -65,9 +84,10 @@ class Prompts(nn.Module):
         dim: channels of a learned embedding.
         negative: what guidance leads away from; the empty prompt when empty.
         sampling_suffix: what the prompt ends with in sampling only.
+        learned: values (num_groups + 2, L, D) that the learned embeddings start from.
 
     Raises:
-        ValueError: when prompts would have to be learned that are not known beforehand.
+        ValueError: when prompts would have to be learned that are not known beforehand, or were learned for others.
     """
 
     def __init__(
@@ -78,6 +98,7 @@ class Prompts(nn.Module):
         dim: int,
         negative: str = "",
         sampling_suffix: str = "",
+        learned: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.template, self.num_groups, self.encoder = template, num_groups, encoder
@@ -91,7 +112,9 @@ class Prompts(nn.Module):
                     "one embedding for each prompt that is known beforehand. Give a constant prompt or one with "
                     "{group}, and no negative prompt; or a base with a text encoder."
                 )
-            self.learned = nn.Parameter(torch.randn(num_groups + 1 + 1, LEARNED_TOKENS, dim))  # the last is empty
+            shape = (num_groups + 1 + 1, LEARNED_TOKENS, dim)  # the last is empty
+            values = torch.randn(shape)
+            self.learned = nn.Parameter(values if learned is None else values.copy_(_fitting(learned, shape)))
 
     def forward(self, group: Tensor, sampling: bool = False) -> Tensor:
         """Embeddings (B, L, D) for the groups (B,) of samples, -1 for unknown; zeros when the template names none."""
@@ -105,21 +128,44 @@ class Prompts(nn.Module):
 
     def empty(self, device: torch.device) -> Tensor:
         """The empty prompt (1, L, D)."""
-        return self.encode([""], device) if self.learned is None else self.learned[-1:]
+        return self._own("", device=device) if self.learned is None else self.learned[-1:]
 
     def negative(self, device: torch.device) -> Tensor:
         """What guidance leads away from (1, L, D)."""
-        return self.encode([self.negative_text], device) if self.negative_text else self.empty(device)
+        return self._own(self.negative_text, device=device) if self.negative_text else self.empty(device)
+
+    def check_guidance(self, scale: float, dropout: float) -> None:
+        """Refuse guidance away from an empty prompt that is learned, but not trained."""
+        if self.learned is not None and not dropout and scale != 1:
+            raise ValueError(
+                f"guidance_scale {scale} leads away from the empty prompt, whose embedding nothing trains: the base "
+                "has no text encoder, and no training sample sees that prompt (text_dropout is 0, which is what "
+                "reference_behaviour makes it). Set guidance_scale=1, or text_dropout above 0."
+            )
 
     def _table(self, device: torch.device, sampling: bool) -> Tensor:
         if self.learned is not None:
             return self.learned[:-1]
         text = f"{self.template}{self.sampling_suffix if sampling else ''}"
         if not self.num_groups:
-            return self.encode([text], device)
+            return self._own(text, device=device)
         if self.names is None or len(self.names) != self.num_groups:
             raise ValueError(
                 f"the prompt '{self.template}' names one of {self.num_groups} groups, whose names are {self.names}: "
                 "give group_names, or a data module that has attribute_groups."
             )
-        return self.encode([text.replace(GROUP, name) for name in (*self.names, UNKNOWN_GROUP)], device)
+        return self._own(*(text.replace(GROUP, name) for name in (*self.names, UNKNOWN_GROUP)), device=device)
+
+    def _own(self, *texts: str, device: torch.device) -> Tensor:
+        assert self.encoder is not None, "only a text encoder knows what a text means"
+        return self.encoder.keep(texts, device)
+
+
+def _fitting(learned: Tensor, shape: tuple[int, int, int]) -> Tensor:
+    if tuple(learned.shape) != shape:
+        raise ValueError(
+            f"the base's {LEARNED_FILE} has shape {tuple(learned.shape)}, but this module learns {shape}: an embedding "
+            "for each group that the prompt names, one for unknown groups and the empty one. Give the prompt and "
+            "num_groups that it was saved with, or remove the file to learn new ones."
+        )
+    return learned

@@ -1,4 +1,6 @@
 import copy
+import json
+import shutil
 import warnings
 from pathlib import Path
 
@@ -10,10 +12,12 @@ from lightning.pytorch import LightningDataModule, Trainer
 from tiny_stable_diffusion import SD15_NOISE, SD15_UNET, write_stable_diffusion
 from torch.utils.data import DataLoader
 
-from fairdiff_lightning import Segmenter
+from fairdiff_lightning import DMoESegmenter, Segmenter
+from fairdiff_lightning.callbacks import TrainableEMA
 from fairdiff_lightning.data import collate
 from fairdiff_lightning.metrics.functional import dice_score
 from fairdiff_lightning.modules import ControlNetSynth
+from fairdiff_lightning.modules.adherence import MaskJudge
 from fairdiff_lightning.networks import CheckpointMismatchError
 
 PLAIN = {"num_classes": 3, "in_channels": 1, "image_size": (24, 16), "num_steps": 2, "num_groups": {"race": 3}}
@@ -156,6 +160,16 @@ def test_a_checkpoint_without_the_frozen_part_gives_the_same_images_again(sd, tm
     assert resumed.trainer.global_step == 2
 
 
+def test_resuming_without_the_average_warns(tmp_path):
+    run = trainer(tmp_path, max_steps=1, callbacks=[TrainableEMA()])
+    run.fit(tiny(num_validation_samples=0), Contract())
+    run.save_checkpoint(tmp_path / "averaged.ckpt")
+    with pytest.warns(UserWarning, match="trained with TrainableEMA"):
+        trainer(tmp_path, max_steps=2).fit(
+            tiny(num_validation_samples=0), Contract(), ckpt_path=tmp_path / "averaged.ckpt", weights_only=True
+        )
+
+
 def test_a_checkpoint_of_another_trained_part_is_refused_by_name(sd, tmp_path):
     module = latent(sd, num_validation_samples=0)
     run = trainer(tmp_path, max_steps=1)
@@ -201,6 +215,21 @@ def test_the_loss_depends_on_the_seed_alone(sd, kind):
     assert torch.equal(module.losses(batch())["loss"], whole)
     rows = [{k: _rows(v, i) for k, v in batch().items()} for i in range(3)]
     torch.testing.assert_close(torch.stack([module.losses(row)["loss"] for row in rows]).mean(), whole)
+
+
+def test_seeds_in_a_training_batch_do_not_freeze_its_noise():
+    module = tiny(text_dropout=0.0, guidance_scale=1.0).train()
+    with torch.no_grad():
+        losses = {float(module.losses(batch())["loss"]) for _ in range(3)}
+    assert len(losses) == 3
+
+
+@pytest.mark.parametrize(
+    "scheduler", ["DPMSolverMultistepScheduler", "EulerDiscreteScheduler", "UniPCMultistepScheduler"]
+)
+def test_the_loss_is_the_same_along_every_scheduler(scheduler):
+    expected = tiny().eval().losses(batch())["loss"]
+    torch.testing.assert_close(tiny(scheduler=scheduler).eval().losses(batch())["loss"], expected)
 
 
 def _rows(value, i):
@@ -264,6 +293,27 @@ def test_samples_depend_on_seed_mask_and_group(sd, kind):
         {"attributes": {"race": torch.tensor([2])}},
     ):
         assert not torch.equal(module.generate(one | other)["image"], image), other.keys()
+
+
+def test_half_precision_weights_leave_the_samplers_state_in_float32(sd, monkeypatch):
+    module, states = latent(sd).eval().bfloat16(), []
+    make = module.make_sampler
+
+    def watched():
+        sampler = make()
+        step = sampler.step
+        sampler.step = lambda predicted, t, state, **more: (
+            states.append(state.dtype) or step(predicted, t, state, **more)
+        )
+        return sampler
+
+    monkeypatch.setattr(module, "make_sampler", watched)
+    torch.set_default_dtype(torch.bfloat16)  # as Lightning's bf16-true does
+    try:
+        module.generate(batch(2))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert states == [torch.float32] * 2
 
 
 def test_guidance_in_one_pass_equals_two(sd):
@@ -416,14 +466,90 @@ def test_adherence_is_the_dice_of_a_segmenter_that_stays_outside(tmp_path):
     torch.testing.assert_close(module._judge(made), expected)
 
 
+def judge(folder, segmenter=None, **arguments):
+    """A judge whose segmenter was not trained."""
+    torch.manual_seed(2)
+    facts = {"num_classes": 3, "in_channels": 1, "image_size": 32}
+    run = trainer(folder)
+    run.strategy.connect(segmenter or Segmenter(network="unet", **facts | arguments))
+    run.save_checkpoint(folder / "judge.ckpt")
+    return MaskJudge(str(folder / "judge.ckpt"), 3, 1)
+
+
+def test_adherence_averages_over_samples_and_leaves_out_absent_classes(tmp_path, monkeypatch):
+    """Against a mean by hand; a batch without a class, and batches of unequal size."""
+    one = judge(tmp_path)
+    monkeypatch.setattr(one, "_find", lambda sample: sample["found"])
+    rim, both = torch.tensor([0, 1, 1, 1]), torch.tensor([0, 1, 2, 2])
+    first = {"mask": rim.view(1, 1, 2, 2), "found": torch.tensor([0, 0, 1, 1]).view(1, 1, 2, 2)}  # Dice 0.8, none
+    second = {"mask": both.expand(2, -1).view(2, 1, 2, 2), "found": both.expand(2, -1).reshape(2, 1, 2, 2).clone()}
+    second["found"][1] = 0  # Dice 1, 1 and 0, 0
+    for made in (first, second):
+        one.update({**made, "image": torch.zeros(len(made["mask"]), 1, 2, 2), "attributes": {}})
+    values = {name: float(value) for name, value in one.compute().items()}
+    expected = {"adherence": (0.8 + 1 + 0) / 3, "adherence/class_1": (0.8 + 1 + 0) / 3, "adherence/class_2": 0.5}
+    assert values == pytest.approx(expected, abs=1e-6)
+    one.update({**first, "image": torch.zeros(1, 1, 2, 2), "attributes": {}})
+    values = one.compute()
+    assert float(values["adherence"]) == pytest.approx(0.8)
+    assert bool(values["adherence/class_2"].isnan()), "this class is nowhere"
+
+
+def test_a_judge_may_know_an_attribute_that_the_samples_lack_unless_it_routes_by_it(tmp_path):
+    sample = {"image": torch.rand(2, 1, 32, 32), "mask": torch.zeros(2, 1, 32, 32, dtype=torch.int64)}
+    sample["attributes"] = {"race": torch.tensor([0, 1])}
+    for inference in ("whole", "sliding"):
+        plain = judge(tmp_path, num_groups={"sex": 2}, inference=inference, roi_size=32)
+        assert plain(sample).shape == (2, 2)
+    facts = {"network": "tiny", "num_classes": 3, "in_channels": 1, "image_size": 32, "num_groups": {"sex": 2}}
+    routed = judge(tmp_path, DMoESegmenter(**facts))
+    with pytest.raises(ValueError, match=r"routes by the groups of 'sex', but the samples carry \['race'\]"):
+        routed(sample)
+    shared = judge(tmp_path, DMoESegmenter(**facts, routing="shared"))
+    assert shared(sample).shape == (2, 2)
+
+
+def test_a_judge_without_a_mask_to_compare_says_so(tmp_path):
+    with pytest.raises(ValueError, match=r"compares masks, but the samples have \['attributes', 'image'\]"):
+        judge(tmp_path)({"image": torch.rand(1, 1, 32, 32), "attributes": {}})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "seen"),
+    [
+        ({"inference": "sliding", "image_size": None, "roi_size": 32}, [64, 96]),
+        ({"inference": "sliding", "image_size": 48, "roi_size": 32}, [48, 48]),
+        ({"inference": "whole", "image_size": None, "roi_size": 32}, [32, 32]),
+    ],
+)
+def test_images_are_judged_at_the_size_that_the_segmenter_was_trained_on(tmp_path, monkeypatch, arguments, seen):
+    one, sizes = judge(tmp_path, **arguments), []
+    infer = one.segmenter.infer
+    monkeypatch.setattr(
+        one.segmenter, "infer", lambda made, stage: sizes.append([*made["image"].shape[2:]]) or infer(made, stage)
+    )
+    one({"image": torch.rand(1, 1, 64, 96), "mask": torch.zeros(1, 1, 64, 96, dtype=torch.int64), "attributes": {}})
+    assert sizes == [seen]
+
+
+def test_adherence_tells_the_best_checkpoint_when_it_is_measured():
+    assert (tiny().monitor, tiny().monitor_mode) == ("val/loss", "min")
+    judged = tiny(adherence="segmenter.ckpt")
+    assert (judged.monitor, judged.monitor_mode) == ("val/adherence", "max")
+    assert tiny(adherence="segmenter.ckpt", num_validation_samples=0).monitor == "val/loss"
+
+
 def test_a_segmenter_of_other_classes_cannot_judge(tmp_path):
-    run = trainer(tmp_path)
-    run.strategy.connect(Segmenter(network="unet", num_classes=2, in_channels=1, image_size=32))
-    run.save_checkpoint(tmp_path / "two.ckpt")
+    judge_of_two = Segmenter(network="unet", num_classes=2, in_channels=1, image_size=32)
     with pytest.raises(ValueError, match="its num_classes is 2, the generator's is 3"):
-        trainer(tmp_path).validate(tiny(adherence=str(tmp_path / "two.ckpt")), Contract())
+        judge(tmp_path, judge_of_two)
+
+
+def test_a_judge_is_loaded_where_something_is_judged_only(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no checkpoint of a segmenter at 'nowhere\.ckpt'"):
         trainer(tmp_path).validate(tiny(adherence="nowhere.ckpt"), Contract())
+    made = trainer(tmp_path).predict(tiny(adherence="nowhere.ckpt"), DataLoader([batch(1)], batch_size=None))
+    assert made[0]["image"].shape == (1, 1, 24, 16)
 
 
 # diffusers and cldm
@@ -471,6 +597,11 @@ def test_training_goes_on_from_a_saved_pipeline(sd, tmp_path, kind):
     for part in ("unet", "controlnet", "vae"):
         ours, its = getattr(module, part).state_dict(), getattr(again, part).state_dict()
         assert all(torch.equal(ours[name], its[name]) for name in ours)
+    if kind == "tiny":
+        assert torch.equal(again.prompts.learned, module.prompts.learned)
+        with pytest.raises(ValueError, match=r"shape \(5, 4, 64\), but this module learns \(4, 4, 64\)"):
+            ControlNetSynth(**arguments | {"num_groups": {"race": 2}})
+        ControlNetSynth(**arguments, reference_behaviour=True)  # its empty prompt has been trained
     again.losses(batch())["loss"].backward()
 
 
@@ -498,6 +629,16 @@ def test_original_checkpoints_load_and_are_written(sd, tmp_path):
         other.load_reference_weights(tmp_path / "original.ckpt")
 
 
+def test_an_original_checkpoint_that_lacks_a_part_loads_nothing(sd):
+    module, other = latent(sd), latent(sd)
+    torch.nn.init.zeros_(other.controlnet.conv_in.weight)
+    state = module.reference_weights()
+    del state["model.diffusion_model.out.2.bias"]
+    with pytest.raises(CheckpointMismatchError, match=r"missing: out\.2\.bias"):
+        other.load_reference_weights(state)
+    assert not other.controlnet.conv_in.weight.any()
+
+
 def test_a_new_branch_leaves_a_trained_unet_alone(sd):
     module = ControlNetSynth(base=sd, **PLAIN)
     made = batch()
@@ -514,6 +655,36 @@ def test_a_wrong_base_says_what_is_missing(tmp_path):
     (tmp_path / "notes.txt").write_text("no model")
     with pytest.raises(ValueError, match=r"unet/config\.json, vae/config\.json.* missing; it holds notes\.txt"):
         ControlNetSynth(base=str(tmp_path))
+
+
+def changed(base, folder, part, **config):
+    """The configurations of a base, one of them changed."""
+    shutil.copytree(base, folder)
+    file = folder / part / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **config}))
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("part", "config", "message"),
+    [
+        ("unet", {"in_channels": 9}, r"its UNet takes 9 channels and its autoencoder makes 4 \(inpainting\?\)"),
+        ("unet", {"cross_attention_dim": 20}, "its text encoder makes 12 channels and its UNet expects 20"),
+        ("vae", {"_class_name": "AutoencoderTiny"}, "its vae is of class AutoencoderTiny; .* is AutoencoderKL"),
+        (
+            "unet",
+            {
+                "addition_embed_type": "text_time",
+                "addition_time_embed_dim": 8,
+                "projection_class_embeddings_input_dim": 56,
+            },
+            "has addition_embed_type 'text_time', as Stable Diffusion XL has",
+        ),
+    ],
+)
+def test_a_stable_diffusion_of_another_kind_is_refused(sd, tmp_path, part, config, message):
+    with pytest.raises(ValueError, match=message):
+        ControlNetSynth(base=changed(sd, tmp_path / "sd", part, **config), pretrained=False, **PLAIN)
 
 
 def test_arguments_of_the_tiny_base_are_refused_elsewhere(sd):
@@ -584,6 +755,13 @@ def test_training_samples_of_another_size_or_class_are_refused():
         ({"prompt": None}, "no text encoder"),
         ({"negative_prompt": "blurry"}, "no text encoder"),
         ({"image_size": 30}, "multiples of 4"),
+        ({"attribute": "gender", "prompt": ""}, r"attribute='gender': num_groups names race"),
+        (
+            {"text_dropout": 0.0},
+            r"guidance_scale 2\.0 leads away from .* Set guidance_scale=1, or text_dropout above 0",
+        ),
+        ({"reference_behaviour": True}, r"guidance_scale 2\.0 leads away from the empty prompt"),
+        ({"scheduler": "FlowMatchEulerDiscreteScheduler"}, "cannot be trained with"),
         ({"trained": "controlnet"}, "base='tiny' has no trained weights to keep; train 'all' of it"),
         ({"sampler": "NoScheduler"}, "scheduler 'NoScheduler' is not known"),
     ],
@@ -614,6 +792,22 @@ def test_group_names_are_asked_for_when_nobody_gives_them(sd):
 def test_data_that_do_not_fit_are_refused_before_training(tmp_path, facts, message):
     with pytest.raises(ValueError, match=message):
         trainer(tmp_path).fit(tiny(), Contract(**facts))
+
+
+def test_requests_must_tell_the_group_that_the_prompt_names(tmp_path):
+    groups = {"sex": ["female", "male"], "race": NAMES}
+    data = Contract(attribute_groups=groups, num_groups={"sex": 2, "race": 3}, generate=object())
+    data.predict_dataloader = lambda: DataLoader([batch(1)], batch_size=None)
+    module = tiny(num_groups={"sex": 2, "race": 3}, attribute="race")
+    with pytest.raises(ValueError, match=r"asks for groups of 'sex', the first of .*Name 'race' first"):
+        trainer(tmp_path).predict(module, data)
+    data.generate = None
+    assert trainer(tmp_path).predict(module, data)
+
+
+def test_a_batch_without_the_groups_that_the_prompt_names_is_refused():
+    with pytest.raises(ValueError, match=r"carries the attributes \['sex'\], but the model is conditional on 'race'"):
+        tiny().generate(batch(attributes={"sex": torch.tensor([0, 1, 0])}))
 
 
 def test_the_papers_configuration_generates_with_a_stable_diffusion(sd, tmp_path, monkeypatch):

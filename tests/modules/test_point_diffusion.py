@@ -4,6 +4,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch.plugins import HalfPrecision
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -12,8 +13,9 @@ from fairdiff_lightning.data.seeding import derive_seed
 from fairdiff_lightning.diffusion import gaussian, generators
 from fairdiff_lightning.geometry import mask_to_points
 from fairdiff_lightning.metrics.generation import generation_scores
-from fairdiff_lightning.modules import PointDiffusion
-from fairdiff_lightning.modules.point_diffusion import UndecodableCloudError
+from fairdiff_lightning.modules import PointDiffusion, cloud_sampling
+from fairdiff_lightning.modules.cloud_sampling import UndecodableCloudError
+from fairdiff_lightning.networks import CheckpointMismatchError
 
 SIZE, POINTS = (40, 52), 24
 SMALL = {"image_size": SIZE, "num_points": POINTS, "num_steps": 5, "num_validation_samples": 4}
@@ -56,7 +58,7 @@ def decodable(**arguments):
         for parameter in module.network.denoiser.layers[-1].parameters():
             parameter.mul_(0.1)
         module.network.prior_mean.weight.normal_()
-        module.scale.mul_(4)
+        module.statistics.scale.mul_(4)
     return module
 
 
@@ -112,7 +114,7 @@ def test_reference_sampling_is_the_papers_recursion():
             sigma = ((1 - alpha_bar[t - 1]) / (1 - alpha_bar[t]) * beta[t]).sqrt()
             predicted = network(x, beta[t].expand(2), latent)
             x = (x - beta[t] / (1 - alpha_bar[t]).sqrt() * predicted) / (1 - beta[t]).sqrt() + sigma * noise
-    expected = x * module.scale + module.shift
+    expected = x * module.statistics.scale + module.statistics.shift
     torch.testing.assert_close(module.draw(seeds).double(), expected, rtol=1e-4, atol=1e-3)
 
 
@@ -142,7 +144,7 @@ def test_every_sampler_finds_the_cloud_that_a_perfect_network_knows(terminal_snr
     module = PointDiffusion(**SMALL | {"num_steps": num_steps}, sampler=sampler, terminal_snr=terminal_snr)
     cloud = torch.randn(POINTS, 3)
     module.network = Oracle(module, cloud)
-    found = module.normalize(module.sample(3))
+    found = module.statistics.normalize(module.sample(3))
     torch.testing.assert_close(found, cloud.expand(3, -1, -1), atol=2e-3, rtol=0)
 
 
@@ -194,6 +196,27 @@ def test_losses_come_from_the_seed_and_no_sample_meets_another_in_evaluation():
     torch.testing.assert_close(torch.stack(apart).mean(), losses["loss"], rtol=1e-4, atol=1e-4)
 
 
+def test_seeds_in_a_training_batch_do_not_freeze_its_noise():
+    module = PointDiffusion(**SMALL, **RACES, unknown_share=0.0).train()
+    batch = collate([sample(i) for i in range(4)]) | {"seed": torch.tensor([1, 2, 3, 4])}
+    assert len({float(module.losses(batch)["noise"]) for _ in range(3)}) == 3
+
+
+@pytest.mark.parametrize(
+    "scheduler", ["DPMSolverMultistepScheduler", "EulerDiscreteScheduler", "UniPCMultistepScheduler"]
+)
+def test_the_loss_is_the_same_along_every_scheduler(scheduler):
+    def loss(**arguments):
+        torch.manual_seed(1)
+        module = PointDiffusion(**SMALL, terminal_snr="reference", **arguments).eval()
+        batch = collate([sample(i) for i in range(4)]) | {"seed": torch.tensor([1, 2, 3, 4])}
+        return module.losses(batch)["loss"]
+
+    torch.testing.assert_close(loss(scheduler=scheduler), loss())
+    with pytest.raises(ValueError, match="cannot be trained with"):
+        loss(scheduler="FlowMatchEulerDiscreteScheduler")
+
+
 def test_bfloat16_changes_the_losses_by_its_rounding_only():
     module = PointDiffusion(**SMALL, **RACES).eval()
     batch = collate([sample(i) for i in range(4)]) | {"seed": torch.tensor([1, 2, 3, 4])}
@@ -222,15 +245,15 @@ def test_statistics_are_those_of_the_training_points():
     points = torch.cat([batch["points"] for batch in batches]).flatten(0, 1)
     module = PointDiffusion(**SMALL, **RACES)
     module.measure(batches)
-    normal = module.normalize(points)
+    normal = module.statistics.normalize(points)
     torch.testing.assert_close(normal[:, :2].mean(0), torch.zeros(2), atol=1e-5, rtol=0)
     torch.testing.assert_close(normal[:, :2].std(0), torch.ones(2))
     assert set(normal[:, 2].tolist()) == {-1, 1}
-    torch.testing.assert_close(module.denormalize(normal), points)
-    assert module.num_clouds.tolist() == [2, 2, 0, 1]
+    torch.testing.assert_close(module.statistics.denormalize(normal), points)
+    assert module.statistics.num_clouds.tolist() == [2, 2, 0, 1]
     module = PointDiffusion(**SMALL, normalization="reference")
     module.measure(batches)
-    torch.testing.assert_close(module.normalize(points), (points - points.mean(0)) / points.std())
+    torch.testing.assert_close(module.statistics.normalize(points), (points - points.mean(0)) / points.std())
 
 
 def test_training_validates_saves_its_statistics_and_resumes_with_them(tmp_path):
@@ -247,26 +270,28 @@ def test_training_validates_saves_its_statistics_and_resumes_with_them(tmp_path)
     } <= run.callback_metrics.keys()
     path = run.checkpoint_callback.best_model_path
     again = PointDiffusion.load_from_checkpoint(path, weights_only=True)
-    torch.testing.assert_close(again.shift, torch.cat([s["points"] for s in data.samples]).mean(0))
+    torch.testing.assert_close(again.statistics.shift, torch.cat([s["points"] for s in data.samples]).mean(0))
     torch.testing.assert_close(again.sample(2, group=1), module.sample(2, group=1))
     other = Outlines()
     other.samples = [sample(i, radius=15) for i in range(4)]
     resumed = PointDiffusion(**SMALL, **RACES)
     trainer(tmp_path, max_epochs=2).fit(resumed, other, ckpt_path=path, weights_only=True)
-    assert torch.equal(resumed.scale, module.scale)
-    assert torch.equal(resumed.num_clouds, module.num_clouds)
+    assert torch.equal(resumed.statistics.scale, module.statistics.scale)
+    assert torch.equal(resumed.statistics.num_clouds, module.statistics.num_clouds)
 
 
 def test_validation_compares_the_generated_with_as_many_held_out_clouds(tmp_path):
     module, data = decodable(), Outlines()
     module.num_validation_samples = 5
-    module.num_clouds.fill_(1)
+    module.statistics.num_clouds.fill_(1)
     run = trainer(tmp_path)
     run.validate(module, data, verbose=False)
     five = collate(data.samples[:5])
     seeds = torch.tensor([derive_seed("validation", name) for name in five["id"]])
     generated = module.generate(five | {"seed": seeds})["points"]
-    expected = generation_scores(module.normalize(generated), module.normalize(five["points"]), "chamfer")
+    expected = generation_scores(
+        module.statistics.normalize(generated), module.statistics.normalize(five["points"]), "chamfer"
+    )
     for name, value in expected.items():
         assert float(run.callback_metrics[f"val/{name}"]) == pytest.approx(float(value), rel=1e-4)
 
@@ -300,8 +325,8 @@ def test_a_cloud_that_outlines_nothing_is_drawn_again_from_the_next_seed(monkeyp
 
 def test_requests_that_get_no_mask_are_named_but_do_not_stop_a_validation(tmp_path):
     module = PointDiffusion(**SMALL)
-    module.shift.add_(1e4)  # out of the frame
-    module.measured.fill_(True)
+    module.statistics.shift.add_(1e4)  # out of the frame
+    module.statistics.measured.fill_(True)
     with pytest.raises(UndecodableCloudError, match=r"2 of 2 requests \('r0', 'r1'\): 8 clouds"):
         module.predict_step(requests(2))
     run = trainer(tmp_path)
@@ -377,10 +402,60 @@ def test_the_authors_weights_come_with_their_statistics_to_a_module_that_uses_th
     module = PointDiffusion(**SMALL, reference_behaviour=True)
     report = module.load_reference_weights(trained.network.reference_tensors(), tmp_path / "stats_Male.pt")
     assert len(report.loaded) == len(trained.network.state_dict())
-    assert (module.shift.tolist(), module.scale.tolist()) == ([300, 400, -2], [180, 180, 180])
-    assert bool(module.measured)
+    assert (module.statistics.shift.tolist(), module.statistics.scale.tolist()) == ([300, 400, -2], [180, 180, 180])
+    assert bool(module.statistics.measured)
     with pytest.raises(ValueError, match="reference_behaviour=True"):
         PointDiffusion(**SMALL).load_reference_weights(trained.network.reference_tensors())
+
+
+def test_clouds_are_counted_after_the_authors_weights_and_statistics_were_loaded(tmp_path):
+    module = PointDiffusion(**SMALL, **RACES, reference_behaviour=True)
+    statistics = {"mean": torch.tensor([[19.0, 26.0, 0.0]]), "std": torch.tensor([9.0])}
+    module.load_reference_weights(module.network.reference_tensors(), statistics)
+    trainer(tmp_path, limit_val_batches=0).fit(module, Outlines())
+    assert module.statistics.num_clouds.tolist() == [3, 3, 0, 1]
+    assert (module.statistics.shift.tolist(), module.statistics.scale.tolist()) == ([19, 26, 0], [9, 9, 9])
+
+
+def test_the_authors_weights_load_all_or_nothing_and_on_any_device():
+    module = PointDiffusion(**SMALL, reference_behaviour=True)
+    before = module.network.flow.networks[0][0].weight.clone()
+    ones = {name: torch.ones_like(tensor) for name, tensor in module.network.reference_tensors().items()}
+    with pytest.raises(CheckpointMismatchError, match=r"missing: std"):
+        module.load_reference_weights(ones, {"mean": torch.zeros(1, 3)})
+    assert torch.equal(module.network.flow.networks[0][0].weight, before)
+    assert not module.statistics.measured
+    module.to("meta").load_reference_weights(ones)  # a device on which nothing compares with the CPU
+
+
+def test_decoding_and_sampling_avoid_a_device_without_float64(monkeypatch):
+    assert cloud_sampling.float64_device(torch.device("mps")) == torch.device("cpu")
+    assert cloud_sampling.float64_device(torch.device("cuda:1")) == torch.device("cuda:1")
+    monkeypatch.setattr(cloud_sampling, "float64_device", lambda device: torch.device("meta"))
+    seen = []
+
+    def decode(points):
+        seen.append(points.device.type)
+        return torch.ones(len(points), 1, *SIZE)
+
+    masks, errors = cloud_sampling.decode_each(torch.zeros(2, POINTS, 3), decode, SIZE)
+    assert (seen, masks.device.type, errors) == (["meta"], "cpu", {})
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
+def test_half_precision_weights_are_refused(tmp_path, precision):
+    run = trainer(tmp_path)
+    run.strategy.precision_plugin = HalfPrecision(precision)
+    with pytest.raises(ValueError, match=f"precision={precision}: .*Use bf16-mixed"):
+        run.fit(PointDiffusion(**SMALL), Outlines(3))
+
+
+def test_requests_must_tell_the_group_that_the_model_knows(tmp_path):
+    data = Outlines(attribute_groups={"sex": ["f", "m"], "race": ["a", "b", "c"]}, generate=object())
+    data.predict_dataloader = lambda: DataLoader([requests(1)], batch_size=None)
+    module = PointDiffusion(**SMALL, num_groups={"sex": 2, "race": 3}, attribute="race")
+    with pytest.raises(ValueError, match=r"asks for groups of 'sex', the first of .*Name 'race' first"):
+        trainer(tmp_path).predict(module, data)
 
 
 def test_a_checkpoint_of_other_groups_is_refused_by_name(tmp_path):
@@ -404,8 +479,8 @@ def test_training_brings_the_clouds_near_the_real_ones_and_tells_the_groups_apar
 
     def spread_and_distance():
         group = torch.arange(40) % 2
-        clouds = module.normalize(module.draw(torch.arange(40), group))
-        scores = generation_scores(clouds, module.normalize(real["points"]), "chamfer")
+        clouds = module.statistics.normalize(module.draw(torch.arange(40), group))
+        scores = generation_scores(clouds, module.statistics.normalize(real["points"]), "chamfer")
         return [clouds[group == g, :, :2].std(1).median() for g in (0, 1)], scores["mmd"]
 
     _, before = spread_and_distance()

@@ -83,22 +83,23 @@ def test_weights_survive_the_way_to_the_original_layout_and_back(size):
     assert all(name.startswith(("control_model.", "model.diffusion_model.", "betas")) for name in state)
     other_unet, other_controlnet = networks(size)
     for network, other in ((unet, other_unet), (controlnet, other_controlnet)):
-        loaded = load_cldm(other, state, "a test")
-        assert len(loaded) == len(network.state_dict())
+        report = load_cldm([other], state, "a test")
+        assert len(report.loaded) == len(network.state_dict())
+        assert "betas" in report.ignored
         assert all(torch.equal(tensor, other.state_dict()[name]) for name, tensor in network.state_dict().items())
 
 
 def test_a_controlnet_may_come_without_its_prefix():
     controlnet, other = networks("small")[1], networks("small")[1]
     bare = {name.removeprefix("control_model."): tensor for name, tensor in to_cldm(controlnet).items()}
-    load_cldm(other, bare, "a test")
+    load_cldm([other], bare, "a test")
     assert torch.equal(controlnet.conv_in.weight, other.conv_in.weight)
 
 
 def test_a_checkpoint_without_a_controlnet_says_what_it_has():
     unet, controlnet = networks("small")
     with pytest.raises(ValueError, match=r"'sd.ckpt' holds no 'control_model\.\*'.*tensors begin with model"):
-        load_cldm(controlnet, to_cldm(unet), "'sd.ckpt'")
+        load_cldm([controlnet], to_cldm(unet), "'sd.ckpt'")
 
 
 def test_a_torn_checkpoint_names_what_is_missing_in_the_original_names():
@@ -107,9 +108,20 @@ def test_a_torn_checkpoint_names_what_is_missing_in_the_original_names():
     del state["control_model.zero_convs.2.0.bias"]
     state["control_model.middle_block.1.norm.weight"] = torch.zeros(3)
     with pytest.raises(CheckpointMismatchError) as error:
-        load_cldm(controlnet, state, "a test")
+        load_cldm([controlnet], state, "a test")
     assert error.value.missing == ["zero_convs.2.0.bias"]
     assert error.value.misshapen == {"middle_block.1.norm.weight": ((3,), (16,))}
+
+
+def test_one_part_that_does_not_fit_leaves_all_as_they_are():
+    unet, controlnet = networks("small")
+    other_unet, other_controlnet = networks("small")
+    state = to_cldm(controlnet, unet)
+    state["model.diffusion_model.out.2.bias"] = torch.zeros(9)
+    before = other_controlnet.conv_in.weight.clone()
+    with pytest.raises(CheckpointMismatchError, match=r"shape of out\.2\.bias"):
+        load_cldm([other_controlnet, other_unet], state, "a test")
+    assert torch.equal(other_controlnet.conv_in.weight, before)
 
 
 def test_a_part_that_the_original_code_lacks_is_named():
@@ -119,17 +131,16 @@ def test_a_part_that_the_original_code_lacks_is_named():
 
 
 def test_the_autoencoder_of_an_original_checkpoint_loads():
-    from fairdiff_lightning.networks.cldm import load_cldm_autoencoder
-
     shape = {"block_out_channels": (8, 8), "norm_num_groups": 4, "layers_per_block": 1}
     shape |= {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
     vae, other = AutoencoderKL(**shape), AutoencoderKL(**shape)
     state = {f"first_stage_model.{_ldm_vae_name(n)}": t for n, t in vae.state_dict().items()}
     attention = "first_stage_model.encoder.mid.attn_1.q.weight"
     state[attention] = state[attention][:, :, None, None]  # a 1 x 1 convolution in the original
-    load_cldm_autoencoder(other, state, "a test")
+    report = load_cldm([], {**state, "betas": torch.zeros(1)}, "a test", other)
+    assert report.ignored == ("betas",)
     assert all(torch.equal(tensor, other.state_dict()[name]) for name, tensor in vae.state_dict().items())
-    assert load_cldm_autoencoder(other, {"betas": torch.zeros(1)}, "a test") == ()
+    assert load_cldm([], {"betas": torch.zeros(1)}, "a test", other).loaded == ()
 
 
 def _ldm_vae_name(name):

@@ -101,3 +101,14 @@ def test_labels_are_resized_by_the_nearest_pixel_centre():
 def test_masks_that_do_not_fit_are_refused(mask, message):
     with pytest.raises(ValueError, match=message):
         check_labels(mask, 3, (16, 16), "the mask")
+
+
+def test_the_colours_of_classes_stay_on_the_device_for_training_too(monkeypatch):
+    mask = torch.randint(11, (2, 1, 3, 4))
+    with torch.inference_mode():
+        first = colours(mask, 11)
+    monkeypatch.setattr(torch, "tensor", None)  # what would move numbers to the device
+    scale = torch.ones(1, requires_grad=True)
+    again = colours(mask, 11)
+    (again * scale).sum().backward()
+    assert torch.equal(first, again)

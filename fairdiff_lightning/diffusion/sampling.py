@@ -1,0 +1,35 @@
+"""The way from noise to samples that all generators go, along any scheduler of diffusers."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from fairdiff_lightning.diffusion.noise import Generators
+
+
+def denoise(
+    sampler: Any, predict: Callable[[Tensor, Tensor], Tensor], start: Tensor, num_steps: int, generator: Generators
+) -> Tensor:
+    """Run a sampler.
+
+    Args:
+        sampler: a new scheduler, as :func:`~fairdiff_lightning.diffusion.build_scheduler` makes it.
+        predict: gives the prediction (B, ...) for noisy samples (B, ...) at a step (a scalar tensor on their device).
+        start: standard normal noise (B, ...); its type and device are those of the chain.
+        num_steps: of the sampler.
+        generator: one for each sample, for samplers that draw noise on their way.
+
+    Returns:
+        Samples (B, ...).
+    """
+    sampler.set_timesteps(num_steps, device=start.device)
+    draws = {"generator": list(generator)} if "generator" in inspect.signature(sampler.step).parameters else {}
+    noisy: Tensor = start * sampler.init_noise_sigma
+    for step in sampler.timesteps:
+        predicted = predict(sampler.scale_model_input(noisy, step), step)
+        noisy = sampler.step(predicted, step, noisy, **draws, return_dict=False)[0]
+    return noisy

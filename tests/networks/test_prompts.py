@@ -1,0 +1,79 @@
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from fairdiff_lightning.networks import prompts
+from fairdiff_lightning.networks.prompts import PromptEncoder, Prompts
+
+CPU = torch.device("cpu")
+
+
+class Lengths(nn.Module):
+    """Embeds a text by its length, and remembers what it was given."""
+
+    def __init__(self, device="cpu"):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1, device=device))
+        self.seen = []
+
+    def forward(self, ids):
+        self.seen.append(ids)
+        values = ids.new_zeros(len(ids), 1, 1, device="cpu") if ids.is_meta else ids[:, :1, None]
+        return (values.expand(-1, 3, 2).to(self.weight.dtype),)
+
+
+def tokenizer(texts, **_):
+    return SimpleNamespace(input_ids=torch.tensor([[len(text), 0] for text in texts]))
+
+
+tokenizer.model_max_length = 2
+
+
+def test_only_the_last_texts_are_remembered_each_by_itself(monkeypatch):
+    monkeypatch.setattr(prompts, "REMEMBERED", 2)
+    encoder = PromptEncoder(tokenizer, Lengths())
+    assert encoder(["a", "bb", "ccc"], CPU)[:, 0, 0].tolist() == [1, 2, 3]
+    assert list(encoder._known) == ["bb", "ccc"]
+    encoder(["bb"], CPU)
+    encoder(["dddd"], CPU)
+    assert list(encoder._known) == ["bb", "dddd"]
+    assert [len(ids) for ids in encoder.encoder.seen] == [3, 1]
+    assert all(row.untyped_storage().nbytes() == row.numel() * 4 for row in encoder._known.values())
+
+
+def test_a_generators_own_prompts_stay_however_many_texts_come(monkeypatch):
+    monkeypatch.setattr(prompts, "REMEMBERED", 1)
+    own = Prompts("{group}", 2, PromptEncoder(tokenizer, Lengths()), 2)
+    own.names = ["a", "bb"]
+    first = own(torch.tensor([0, 1, -1]))
+    own.encode(["x", "yy", "zzz"], CPU)
+    assert torch.equal(own(torch.tensor([0, 1, -1])), first)
+    assert len(own.encoder.encoder.seen) == 2
+    own.encoder.load_state_dict(own.encoder.encoder.state_dict())
+    own(torch.tensor([0]))
+    assert len(own.encoder.encoder.seen) == 3, "other weights are asked anew"
+
+
+def test_texts_follow_an_encoder_that_a_pipeline_has_moved(monkeypatch):
+    exact = []
+    monkeypatch.setattr(torch, "autocast", lambda kind, enabled: exact.append((kind, enabled)) or nullcontext())
+    encoder = PromptEncoder(tokenizer, Lengths("meta"))
+    assert encoder(["a"], CPU).device == CPU
+    assert encoder.encoder.seen[0].device.type == "meta"
+    assert exact == [("meta", False)]
+
+
+def test_embeddings_are_float32_whatever_the_encoder_computes_in():
+    encoder = PromptEncoder(tokenizer, Lengths().bfloat16())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert encoder(["a"], CPU).dtype == torch.float32
+
+
+def test_learned_prompts_start_from_given_ones_of_the_same_number():
+    learned = torch.randn(4, 4, 6)
+    assert torch.equal(Prompts("{group}", 2, None, 6, learned=learned).learned, learned)
+    with pytest.raises(ValueError, match=r"shape \(4, 4, 6\), but this module learns \(5, 4, 6\)"):
+        Prompts("{group}", 3, None, 6, learned=learned)
