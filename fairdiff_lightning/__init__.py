@@ -7,14 +7,23 @@ import lazy_loader
 from fairdiff_lightning.version import __version__
 
 if TYPE_CHECKING:
-    from fairdiff_lightning.data import FairSegDataModule, HAM10000DataModule
-    from fairdiff_lightning.modules import ControlNetSynth, DMoESegmenter, PointDiffusion, Segmenter
+    from fairdiff_lightning.data import BCSDBTDataModule, DBTDataModule, FairSegDataModule, HAM10000DataModule
+    from fairdiff_lightning.modules import (
+        ControlNetSynth,
+        DMoESegmenter,
+        PairedGuidedDiffusion,
+        PointDiffusion,
+        Segmenter,
+    )
 
 __all__ = [
+    "BCSDBTDataModule",
     "ControlNetSynth",
+    "DBTDataModule",
     "DMoESegmenter",
     "FairSegDataModule",
     "HAM10000DataModule",
+    "PairedGuidedDiffusion",
     "PointDiffusion",
     "Segmenter",
     "__version__",
@@ -23,7 +32,7 @@ __all__ = [
 __getattr__, __dir__, _ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "data": ["FairSegDataModule", "HAM10000DataModule"],
-        "modules": ["ControlNetSynth", "DMoESegmenter", "PointDiffusion", "Segmenter"],
+        "data": ["BCSDBTDataModule", "DBTDataModule", "FairSegDataModule", "HAM10000DataModule"],
+        "modules": ["ControlNetSynth", "DMoESegmenter", "PairedGuidedDiffusion", "PointDiffusion", "Segmenter"],
     },
 )

@@ -1,7 +1,9 @@
 """Data sets in their owners' layouts, the sample contract, and the data modules that feed any LightningModule."""
 
 from fairdiff_lightning.data.augmentation import RandomRotateFlip
+from fairdiff_lightning.data.bcs_dbt import BCSDBT, BCSDBTDataModule
 from fairdiff_lightning.data.dataset import SegmentationDataset
+from fairdiff_lightning.data.dbt import DBT, DBTDataModule
 from fairdiff_lightning.data.errors import DatasetNotFoundError, InvalidSampleError
 from fairdiff_lightning.data.fairseg import FairSeg, FairSegDataModule
 from fairdiff_lightning.data.ham10000 import HAM10000, HAM10000DataModule
@@ -14,8 +16,12 @@ from fairdiff_lightning.data.segmentation import SegmentationDataModule
 from fairdiff_lightning.data.splits import split_units
 
 __all__ = [
+    "BCSDBT",
+    "DBT",
     "HAM10000",
     "AttributeSpec",
+    "BCSDBTDataModule",
+    "DBTDataModule",
     "DatasetNotFoundError",
     "FairSeg",
     "FairSegDataModule",

@@ -1,15 +1,18 @@
 """Procedural, seeded stand-ins for real images: unbalanced across groups and shifted in appearance by group.
 
-Only drawing is here; the data sets write what is drawn in their native layout.
+Only drawing is here, and where it is kept; the data sets write what is drawn in their native layout.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
+
+from fairdiff_lightning.data.cache import cache_root
 
 Image = NDArray[np.uint8]
 VERSION = 1
@@ -35,6 +38,11 @@ class SkinLook:
     hairs: int
     blur: float
     noise: float
+
+
+def phantom_folder(dataset: str) -> Path:
+    """Where the phantom of a data set is kept."""
+    return cache_root() / "phantoms" / f"{dataset.lower()}-{VERSION}"
 
 
 def allocate(total: int, shares: dict[int, float]) -> list[int]:
@@ -69,11 +77,11 @@ def slo_fundus(rng: np.random.Generator, size: tuple[int, int], look: FundusLook
     disc = _ellipse(row, col, centre, disc_axes, angle)
     cup = _ellipse(row, col, cup_centre, cup_axes, angle) & disc
 
-    retina = 0.38 + 0.12 * _smooth_noise(rng, size, unit / 6) + 0.06 * np.cos((row - centre[0]) / unit * 2)
-    image = retina + look.disc * _soften(disc, 1.0) + look.cup * _soften(cup, 1.5)
+    retina = 0.38 + 0.12 * smooth_noise(rng, size, unit / 6) + 0.06 * np.cos((row - centre[0]) / unit * 2)
+    image = retina + look.disc * soften(disc, 1.0) + look.cup * soften(cup, 1.5)
     image = _draw_vessels(rng, image.astype(np.float32), centre, unit)
     mask = disc.astype(np.uint8) + cup.astype(np.uint8)
-    return _expose(rng, image, look.blur, look.noise), mask
+    return expose(rng, image, look.blur, look.noise), mask
 
 
 def dermoscopy(rng: np.random.Generator, size: tuple[int, int], look: SkinLook) -> tuple[Image, Image]:
@@ -97,9 +105,9 @@ def dermoscopy(rng: np.random.Generator, size: tuple[int, int], look: SkinLook) 
     stretch = rng.uniform(0.75, 1.0)
     lesion = np.hypot((row - centre[0]) / stretch, col - centre[1]) <= radius * outline
 
-    shade = 1 + 0.08 * _smooth_noise(rng, size, unit / 4)
+    shade = 1 + 0.08 * smooth_noise(rng, size, unit / 4)
     image = np.stack([c * shade for c in look.skin], -1)
-    pigment = look.contrast * (1 + 0.5 * _smooth_noise(rng, size, unit / 12)) * _soften(lesion, 1.5)
+    pigment = look.contrast * (1 + 0.5 * smooth_noise(rng, size, unit / 12)) * soften(lesion, 1.5)
     image = image - pigment[..., None] * np.array([0.7, 1.0, 0.9])
     image = np.ascontiguousarray(image, dtype=np.float32)
     for _ in range(int(rng.poisson(look.hairs))):
@@ -108,7 +116,7 @@ def dermoscopy(rng: np.random.Generator, size: tuple[int, int], look: SkinLook) 
         bend = heading + rng.normal(0, 0.6) * step / unit
         points = np.stack([start[0] + step * np.cos(bend), start[1] + step * np.sin(bend)], -1)
         cv2.polylines(image, [_fixed_point(points)], False, (0.12, 0.08, 0.06), 1, cv2.LINE_AA, shift=4)
-    return _expose(rng, image, look.blur, look.noise), lesion.astype(np.uint8)
+    return expose(rng, image, look.blur, look.noise), lesion.astype(np.uint8)
 
 
 def _ellipse(
@@ -141,17 +149,20 @@ def _fixed_point(points: NDArray[np.float64]) -> NDArray[np.int32]:
     return np.round(points * 16).astype(np.int32)
 
 
-def _soften(mask: NDArray[np.bool_], sigma: float) -> NDArray[np.float32]:
+def soften(mask: NDArray[np.bool_], sigma: float) -> NDArray[np.float32]:
+    """A mask (H, W) as a blurred image in [0, 1]; ``sigma`` in pixels."""
     return cv2.GaussianBlur(mask.astype(np.float32), (0, 0), sigma)  # type: ignore[return-value]
 
 
-def _smooth_noise(rng: np.random.Generator, size: tuple[int, int], sigma: float) -> NDArray[np.float32]:
+def smooth_noise(rng: np.random.Generator, size: tuple[int, int], sigma: float) -> NDArray[np.float32]:
+    """Noise (H, W) of unit variance whose structures are about ``sigma`` pixels wide."""
     noise = cv2.GaussianBlur(rng.standard_normal(size).astype(np.float32), (0, 0), sigma)
     scaled: NDArray[np.float32] = (noise / (noise.std() + 1e-6)).astype(np.float32)
     return scaled
 
 
-def _expose(rng: np.random.Generator, image: NDArray[np.float32], blur: float, noise: float) -> Image:
+def expose(rng: np.random.Generator, image: NDArray[np.float32], blur: float, noise: float) -> Image:
+    """Take the picture of an image in [0, 1]: blurred (sigma in pixels), noisy (standard deviation), uint8."""
     if blur:
         image = cv2.GaussianBlur(image, (0, 0), blur)  # type: ignore[assignment]
     noisy = image + rng.normal(0, noise, image.shape)

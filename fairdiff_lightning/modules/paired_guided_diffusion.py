@@ -57,7 +57,7 @@ class PairedGuidedDiffusion(GenerativeModule):
         guider_checkpoint: checkpoint of a run with ``stage="guider"``, which ``stage="target"`` starts from.
         variant: ``mutual``, or ``two_channel``: one network on image and mask stacked, at half the cost, the ablation
             that the paper lacks (``stage="joint"`` alone).
-        image_size: side of the square image, pixels.
+        image_size: side, or height and width, of the image, pixels.
         in_channels: channels of the image.
         num_classes: classes of the mask, the background included.
         widths: channels of the networks' levels, see :class:`~fairdiff_lightning.networks.guided_unet.GuidedUNet`.
@@ -122,7 +122,7 @@ class PairedGuidedDiffusion(GenerativeModule):
         stage: Literal["guider", "target", "joint"] = "joint",
         guider_checkpoint: str | None = None,
         variant: Literal["mutual", "two_channel"] = "mutual",
-        image_size: int = 512,
+        image_size: int | tuple[int, int] = 512,
         in_channels: int = 1,
         num_classes: int = 2,
         widths: tuple[int, ...] = WIDTHS,
@@ -167,7 +167,8 @@ class PairedGuidedDiffusion(GenerativeModule):
         self.guide_transform: Transform = relative_levels if guide == "binary" and relative else guide_transform(guide)
         self.sampling_transform: Transform = relative_levels if reference_behaviour else self.guide_transform
         self.mask_channels = 1 if ordinal_mask else num_classes - 1
-        common: dict[str, Any] = {"image_size": image_size, "widths": widths, "num_groups": conditions}
+        self.image_size = (image_size, image_size) if isinstance(image_size, int) else (image_size[0], image_size[1])
+        common: dict[str, Any] = {"image_size": self.image_size, "widths": widths, "num_groups": conditions}
         self.guider: GuidedUNet | None = None
         self.target: GuidedUNet | None = None
         if variant == "two_channel":
@@ -202,8 +203,7 @@ class PairedGuidedDiffusion(GenerativeModule):
         """Check that the data are what the networks were built for, take over the guider, and compile."""
         data: Any = getattr(self.trainer, "datamodule", None)
         facts = {name: self.hparams[name] for name in ("num_classes", "in_channels")}
-        size = (self.hparams["image_size"],) * 2
-        check_data(data, self._conditions(), **facts, image_size=size)
+        check_data(data, self._conditions(), **facts, image_size=self.image_size)
         if stage == "predict":
             check_requests(data, self.attribute)
             if self.target is None:
@@ -304,8 +304,10 @@ class PairedGuidedDiffusion(GenerativeModule):
         A request with a mask and no image asks for an image of that mask. With ``stage="guider"`` there are no pairs,
         but a mask for a given image.
         """
-        random, groups, side = generators(requests["seed"]), self._groups(requests), self.hparams["image_size"]
-        shapes = [(len(random), channels, side, side) for channels in (self.mask_channels, self.hparams["in_channels"])]
+        random, groups = generators(requests["seed"]), self._groups(requests)
+        shapes = [
+            (len(random), channels, *self.image_size) for channels in (self.mask_channels, self.hparams["in_channels"])
+        ]
         x, y = (gaussian(torch.empty(shape, device=self.device), random) for shape in shapes)
         common: dict[str, Any] = {"num_steps": self.hparams["num_steps"], "generator": random}
         if self.guider is None:

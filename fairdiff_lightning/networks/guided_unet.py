@@ -26,7 +26,7 @@ class GuidedUNet(nn.Module):
     Args:
         channels: of the noisy state.
         guide_channels: of the guide.
-        image_size: side of the images, pixels; a multiple of 2 to the number of levels but one.
+        image_size: side, or height and width, of the images, pixels; multiples of 2 to the number of levels but one.
         widths: channels of each level.
         num_groups: attribute -> number of its groups, to condition on; None for no such condition.
 
@@ -42,7 +42,7 @@ class GuidedUNet(nn.Module):
         self,
         channels: int = 1,
         guide_channels: int = 1,
-        image_size: int = 512,
+        image_size: int | tuple[int, int] = 512,
         widths: Sequence[int] = WIDTHS,
         num_groups: Mapping[str, int] | None = None,
     ) -> None:
@@ -50,13 +50,14 @@ class GuidedUNet(nn.Module):
 
         super().__init__()
         halvings = len(widths) - 1
-        if image_size % 2**halvings:
+        sides = (image_size, image_size) if isinstance(image_size, int) else image_size
+        if any(side % 2**halvings for side in sides):
             raise ValueError(
                 f"image_size {image_size} cannot be halved {halvings} times, as {len(widths)} widths ask for; take a "
                 f"multiple of {2**halvings} or fewer widths."
             )
         self.unet: Any = UNet2DModel(  # type: ignore[no-untyped-call]
-            sample_size=image_size,
+            sample_size=sides,
             in_channels=channels + guide_channels,
             out_channels=channels,
             block_out_channels=tuple(widths),

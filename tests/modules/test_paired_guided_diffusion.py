@@ -243,7 +243,7 @@ def test_the_two_stages_follow_each_other(tmp_path):
         ({"stage": "guider", "variant": "two_channel"}, "one network has one stage, 'joint'"),
         ({"stage": "joint", "guider_checkpoint": "x.ckpt"}, "only stage='target' starts from one"),
         ({"attributes": ("race",)}, "num_groups names none"),
-        ({"image_size": 15}, "image_size 15 cannot be halved"),
+        ({"image_size": 15}, "cannot be halved"),
         ({"sampler": "DDPMScheduler", "sampler_args": {"order": 2}}, "takes no argument"),
         ({"guide": "hard"}, "guide 'hard'"),
     ],
