@@ -11,12 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from test_fairdiff import TINY as PARTS
 from test_fairdiff import kind
 
 from fairdiff_lightning.cli import main
-from fairdiff_lightning.data import FairSeg
+from fairdiff_lightning.data import DBT, FairSeg
+from fairdiff_lightning.modules import PairedGuidedDiffusion
 
 REPOSITORY = Path(__file__).parents[1]
 DOCUMENTS = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
@@ -42,7 +44,7 @@ def repository(tmp_path, monkeypatch):
     (tmp_path / "configs").symlink_to(REPOSITORY / "configs")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["fairdiff"])
-    for name in ("FAIRSEG_ROOT", "HAM10000_ROOT", "FAIRSEG_TRANSUNET", "SD15", "CONTROLNET"):
+    for name in ("FAIRSEG_ROOT", "HAM10000_ROOT", "DBT_ROOT", "GUIDER", "FAIRSEG_TRANSUNET", "SD15", "CONTROLNET"):
         monkeypatch.delenv(name, raising=False)
     return tmp_path
 
@@ -55,7 +57,8 @@ def test_commands_run(command, repository, monkeypatch):
     if words[0] == "make":
         subprocess.run(["make", "-n", *words[1:]], cwd=REPOSITORY, check=True, capture_output=True)
     elif words[0] == "bash":
-        assert words[1:] == ["examples/fairdiff_pipeline.sh"]  # run by test_fairdiff.py, command by command
+        # run by test_fairdiff.py and test_pig.py, command by command
+        assert words[1:] in (["examples/fairdiff_pipeline.sh"], ["examples/pig_pipeline.sh"])
         subprocess.run(["bash", "-n", words[1]], cwd=REPOSITORY, check=True)
     elif words[0] == "tensorboard":
         assert words[1:] == ["--logdir", "runs"]
@@ -63,6 +66,7 @@ def test_commands_run(command, repository, monkeypatch):
         assert f"VENV := {words[1].split('/')[0]}" in (REPOSITORY / "Makefile").read_text()
     else:
         assert words[0] == "fairdiff"
+        words += guider() if "configs/dbt/pig_target.yaml" in words else []
         given = [at_hand(w) for w in words[1:] if not w.startswith(("--data.root", "--ckpt_path", "--data.total"))]
         given += ["--data.total=30"] if "--data.balance=equal_scale" in words else []
         part = kind(" ".join(w for w in words if "configs" in w))
@@ -71,13 +75,25 @@ def test_commands_run(command, repository, monkeypatch):
         main([*given, *TINY, *size, *network])
 
 
+def guider():
+    """The argument with a guider's checkpoint, as another command would have made it."""
+    widths = yaml.safe_load(PARTS["pig"][0].split("=")[1])
+    model = PairedGuidedDiffusion("guider", image_size=32, widths=tuple(widths))
+    torch.save({"state_dict": model.state_dict()}, "guider.ckpt")
+    return ["--model.guider_checkpoint=guider.ckpt"]
+
+
 def at_hand(word):
     """The argument, with what another command would have made before it."""
     if word.startswith("--data.synthetic="):
-        folder = Path(word.split("=")[1].strip("[]"))
         sample = {"image": torch.rand(1, 32, 32), "mask": torch.ones(1, 32, 32), "synthetic": torch.tensor(True)}
-        for race in range(3):
-            FairSeg().write(folder, {**sample, "id": f"made-{race}", "attributes": {"race": torch.tensor(race)}})
+        for folder in word.split("=")[1].strip("[]").split(","):
+            for group in range(3):
+                made = {**sample, "id": f"{Path(folder).name}-{group}"}
+                if "pairs" in folder or "pig" in folder:
+                    DBT().write(Path(folder), {**made, "attributes": {"view": torch.tensor(group % 2)}})
+                else:
+                    FairSeg().write(Path(folder), {**made, "attributes": {"race": torch.tensor(group)}})
     if word.startswith("--data.generate.total="):
         return "--data.generate.total=120"
     if word.startswith("--data.generate.masks="):

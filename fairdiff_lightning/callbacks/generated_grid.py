@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from fairdiff_lightning.callbacks.figures import class_colours, log_figure, picture_grid
@@ -16,8 +17,9 @@ class GeneratedGrid(Callback):
     """Logs real and generated samples of the first validation batch as ``val/generated``, a column for each.
 
     Works with any LightningModule whose ``validation_step`` returns a dict with ``generated``: None, or ``image``
-    (N, C, H, W) in [0, 1] and ``mask`` (N, 1, H, W), or one of them, made for the first N samples of the batch. Columns
-    are named after the group of ``pl_module.attribute``.
+    (N, C, H, W) in [0, 1] and ``mask`` (N, 1, H, W), or one of them, made for the first N samples of the batch. Masks
+    that are the batch's own, as image generators follow them, are shown once. Columns are named after the group of
+    ``pl_module.attribute``.
 
     Args:
         num_samples: columns of the grid, at most.
@@ -45,10 +47,11 @@ class GeneratedGrid(Callback):
             return
         count = min(self.num_samples, len(made["id"]))
         rows = {}
+        asked_for = "mask" in made and torch.equal(made["mask"][:count], batch["mask"][:count])
         for label, samples in (("real", batch), ("generated", made)):
             if "image" in made:
                 rows[label] = [image.detach().float().cpu() for image in samples["image"][:count]]
-            if "mask" in made and (label == "real" or "image" not in made):
+            if "mask" in made and (label == "real" or not asked_for):
                 rows[f"{label} mask"] = [class_colours(mask.cpu()) for mask in samples["mask"][:count]]
         log_figure(
             trainer, "val/generated", picture_grid(rows, _titles(trainer, pl_module, batch, count)), trainer.global_step

@@ -22,8 +22,11 @@ class Generator(Foreign):
     def validation_step(self, batch, batch_idx):
         if batch_idx:
             return {"generated": None}
-        made = {"image": batch["image"] * 0.5, "mask": batch["mask"]}
-        return {"generated": {"id": batch["id"][: self.count]} | {k: made[k][: self.count] for k in self.keys}}
+        made = {"image": batch["image"] * 0.5, "mask": batch["mask"], "other mask": 1 - batch["mask"].clamp(max=1)}
+        return {
+            "generated": {"id": batch["id"][: self.count]}
+            | {k.removeprefix("other "): made[k][: self.count] for k in self.keys}
+        }
 
 
 def logged(folder, module):
@@ -33,7 +36,9 @@ def logged(folder, module):
     return events.Images("val/generated") if "val/generated" in events.Tags()["images"] else []
 
 
-@pytest.mark.parametrize(("keys", "rows"), [(("image", "mask"), 3), (("image",), 2), (("mask",), 2)])
+@pytest.mark.parametrize(
+    ("keys", "rows"), [(("image", "mask"), 3), (("image", "other mask"), 4), (("image",), 2), (("other mask",), 2)]
+)
 def test_one_picture_of_the_first_batch(tmp_path, keys, rows, monkeypatch):
     from fairdiff_lightning.callbacks import generated_grid
 
