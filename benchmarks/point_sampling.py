@@ -2,6 +2,7 @@
 
 The baseline runs in float32 as the reference does, ours in float64. `python benchmarks/point_sampling.py [--rounds 3]`
 trains the demo's model first (minutes), or takes it from `--checkpoint runs/demo/fairseg_points/.../best.ckpt`.
+Qualities are means over draws of as many clouds as there are in the test split, with their standard errors.
 """
 
 from __future__ import annotations
@@ -22,8 +23,18 @@ from fairdiff_lightning.metrics.generation import generation_scores
 from fairdiff_lightning.modules import PointDiffusion
 
 CONFIG = Path(__file__).parents[1] / "configs" / "demo" / "fairseg_points.yaml"
-SAMPLERS = {"DDPM": "DDPMScheduler", "DDIM": "DDIMScheduler", "DPM-Solver++": "DPMSolverMultistepScheduler"}
-SETTINGS = [("DDPM", 100, 64), ("DDIM", 20, 64), *(("DPM-Solver++", n, b) for n in (20, 10, 7, 5) for b in (1, 8, 64))]
+SAMPLERS = {
+    "DDPM": ("DDPMScheduler", None),
+    "DDIM": ("DDIMScheduler", None),
+    "DPM-Solver++": ("DPMSolverMultistepScheduler", None),
+    "the same, even in log SNR": ("DPMSolverMultistepScheduler", {"use_lu_lambdas": True}),
+}
+SETTINGS = [
+    ("DDPM", 100, 64),
+    ("DDIM", 20, 64),
+    *(("DPM-Solver++", n, b) for n in (20, 10, 7, 5) for b in (1, 8, 64)),
+    *(("the same, even in log SNR", n, 64) for n in (10, 7, 5)),
+]
 
 
 def held_out_clouds(checkpoint: str | None, device: str) -> tuple[PointDiffusion, Tensor, Tensor]:
@@ -43,13 +54,13 @@ def held_out_clouds(checkpoint: str | None, device: str) -> tuple[PointDiffusion
 
 
 @torch.no_grad()
-def one_by_one(model: PointDiffusion, groups: Tensor) -> Tensor:
+def one_by_one(model: PointDiffusion, groups: Tensor, seed: int = 0) -> Tensor:
     """100 ancestral steps for each cloud by itself, in float32."""
     network, sampler = model.network, build_scheduler("DDPMScheduler", like=model.scheduler)
     sampler.set_timesteps(len(model.times))
     clouds = []
     for i, group in enumerate(groups):
-        draws = generators(torch.tensor([derive_seed(0, i)]))
+        draws = generators(torch.tensor([derive_seed(seed, i)]))
         latent = network.draw_latent(gaussian(torch.empty(1, 256, device=group.device), draws), group[None])
         points = gaussian(latent.new_empty(1, model.num_points, 3), draws)
         for step in sampler.timesteps:
@@ -59,9 +70,18 @@ def one_by_one(model: PointDiffusion, groups: Tensor) -> Tensor:
     return model.statistics.denormalize(torch.cat(clouds))
 
 
-def sample(model: PointDiffusion, groups: Tensor, name: str, steps: int, batch: int) -> Tensor:
-    model.sampler = SAMPLERS[name]
-    return model.sample(len(groups), groups, num_steps=steps, batch_size=batch)
+def sample(model: PointDiffusion, groups: Tensor, name: str, steps: int, batch: int, seed: int = 0) -> Tensor:
+    model.sampler, model.hparams["sampler_args"] = SAMPLERS[name]
+    return model.sample(len(groups), groups, seed=seed, num_steps=steps, batch_size=batch)
+
+
+def quality(model: PointDiffusion, draws: list[Tensor], real: Tensor) -> list[str]:
+    """Matching distance, coverage and 1-NNA: means and standard errors over the draws."""
+    scores = [
+        generation_scores(model.statistics.normalize(c), model.statistics.normalize(real), "chamfer") for c in draws
+    ]
+    columns = [torch.stack([s[key] for s in scores]).double() for key in ("mmd", "coverage", "1nna")]
+    return [f"{float(c.mean()):.3f} ± {float(c.std() / len(c) ** 0.5):.3f}" for c in columns]
 
 
 def main() -> None:
@@ -70,21 +90,24 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--timed", type=int, default=64, help="clouds in a round; the baseline makes an eighth of them")
+    parser.add_argument("--draws", type=int, default=5, help="sets of clouds that qualities are means over")
     args = parser.parse_args()
     model, real, groups = held_out_clouds(args.checkpoint, args.device)
     timed, few = groups[: args.timed], groups[: max(args.timed // 8, 1)]
     candidates = {setting: partial(sample, model, timed, *setting) for setting in SETTINGS}
     seconds = interleaved({"baseline": partial(one_by_one, model, few), **candidates}, args.rounds)
     share = len(few) / len(timed)
-    all_clouds = {"baseline": one_by_one(model, groups)} | {s: sample(model, groups, *s) for s in SETTINGS}
     rows = []
-    for setting, clouds in all_clouds.items():
-        scores = generation_scores(model.statistics.normalize(clouds), model.statistics.normalize(real), "chamfer")
+    for setting in ("baseline", *SETTINGS):
+        draws = [
+            one_by_one(model, groups, seed) if setting == "baseline" else sample(model, groups, *setting, seed)
+            for seed in range(args.draws)
+        ]
         count = len(few) if setting == "baseline" else len(timed)
         name = ("DDPM, one by one", "100", "1") if setting == "baseline" else tuple(map(str, setting))
         faster = 1.0 if setting == "baseline" else ratio(seconds["baseline"], seconds[setting]) / share
-        quality = (f"{scores[key]:.3f}" for key in ("mmd", "coverage", "1nna"))
-        rows.append((*name, f"{count / median(seconds[setting]):.1f}", f"{faster:.1f}", *quality))
+        rate = f"{count / median(seconds[setting]):.1f}"
+        rows.append((*name, rate, f"{faster:.1f}", *quality(model, draws, real)))
     print(f"{model.num_points} points, {len(real)} held-out clouds of the phantom\n")
     print_table(("sampler", "steps", "batch", "clouds/s", "ratio", "MMD", "coverage", "1-NNA"), rows)
 
