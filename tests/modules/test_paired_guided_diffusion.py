@@ -6,6 +6,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from fairdiff_lightning.data import FairSegDataModule, GenerationPlan
 from fairdiff_lightning.modules import PairedGuidedDiffusion
@@ -280,3 +281,34 @@ def test_ddim_of_the_paper_is_one_of_the_samplers():
     made = module(sampler="DDIMScheduler", sampler_args={"clip_sample": False}, eta=1.0)
     assert isinstance(made.make_sampler(), DDIMScheduler)
     assert made.eval().generate(requests())["image"].isfinite().all()
+
+
+def test_the_best_checkpoint_holds_the_weights_of_the_best_epoch(tmp_path, reference, monkeypatch):
+    """The reference keeps a reference to the weights, which go on changing until the file is written."""
+    bug = reference("pig")["best_checkpoint_bug"]
+    made, values = module(), iter([1.0, 2.0, 3.0, 4.0])
+    kept = ModelCheckpoint(tmp_path, "best", monitor="val/loss")
+
+    def validated(batch, batch_idx):
+        made.log("val/loss", next(values))
+
+    monkeypatch.setattr(made, "validation_step", validated)
+    data = FairSegDataModule(attributes=["race"], image_size=16, batch_size=4, fractions=(0.7, 0.15, 0.15))
+    monkeypatch.setattr(PairedGuidedDiffusion, "encode_mask", lambda self, mask: (mask > 0).float() * 2 - 1)
+    monkeypatch.setattr("fairdiff_lightning.modules.paired_guided_diffusion.check_data", lambda *a, **k: None)
+    Trainer(
+        max_epochs=4,
+        limit_train_batches=3,
+        limit_val_batches=1,
+        num_sanity_val_steps=0,
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[kept],
+    ).fit(made, data)
+    saved = torch.load(kept.best_model_path, weights_only=True)
+    assert saved["epoch"] == bug["saved_epoch_label"]
+    steps = {int(state["step"]) for state in saved["optimizer_states"][0]["state"].values()}
+    assert steps == {bug["adam_step_expected"]}
+    assert not torch.equal(saved["state_dict"]["target.unet.conv_in.weight"], made.target.unet.conv_in.weight)
