@@ -37,6 +37,8 @@ bench: $(READY)
 	$(BIN)/python benchmarks/point_sampling.py
 	$(BIN)/python benchmarks/generation_metrics.py
 	$(BIN)/python benchmarks/controlnet.py
+	$(BIN)/python benchmarks/paired_sampling.py
+	$(BIN)/python benchmarks/paired_step.py
 	$(BIN)/python benchmarks/fairness_phantom.py
 
 docs: $(READY)

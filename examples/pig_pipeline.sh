@@ -19,11 +19,11 @@ JOINT=${JOINT:-}      # not empty: both networks in one pass
 OUT=${OUT:-runs/pig}
 
 case $KIND in
-  demo) prefix=configs/demo/dbt ;;
-  dbt) prefix=configs/dbt/ ;;
+  demo) prefix=configs/demo/dbt_; groups=density ;;
+  dbt) prefix=configs/dbt/; groups=view ;;
   *) echo "KIND=$KIND; expected is demo or dbt." >&2; exit 2 ;;
 esac
-config() { if [ "$KIND" = demo ]; then echo "${prefix}_$1.yaml"; else echo "$prefix$1.yaml"; fi; }
+config() { echo "$prefix$1.yaml"; }
 data=(${DATA:+"--data.root=$DATA"})
 quiet=(--trainer.enable_progress_bar=false --trainer.enable_model_summary=false)
 start=$SECONDS
@@ -77,5 +77,7 @@ say "4/4 a segmenter on real slices and pairs"
 segment mixed "--data.synthetic=[$OUT/pairs/synthetic]"
 
 say "what it was worth"
+python examples/show_synthetic.py "$OUT/pairs/synthetic" --output "$OUT/samples.png" --dataset dbt --attribute "$groups" \
+  ${DATA:+"--root=$DATA"}
 python examples/compare_runs.py "real only=$OUT/real" "real and pairs=$OUT/mixed" --output "$OUT/comparison.md"
-echo "Table: $OUT/comparison.md   reports: $OUT/*/lightning_logs/*/fairness/report.html"
+echo "Table: $OUT/comparison.md   picture: $OUT/samples.png   reports: $OUT/*/lightning_logs/*/fairness/report.html"

@@ -1,4 +1,4 @@
-"""Draws real samples, masks and the synthetic samples that follow them, two of each group, into a picture.
+"""Draws real and synthetic samples and the synthetic ones' masks, two of each group, into a picture.
 
 ``python examples/show_synthetic.py runs/fairdiff/controlnet/synthetic --output runs/fairdiff/samples.png``
 """
@@ -9,13 +9,22 @@ import argparse
 from pathlib import Path
 
 from fairdiff_lightning.callbacks.figures import class_colours, picture_grid
-from fairdiff_lightning.data import FairSegDataModule, SegmentationDataset
+from fairdiff_lightning.data import DBTDataModule, FairSegDataModule, SegmentationDataset
 from fairdiff_lightning.data.native import Record, atomic_path
 
+MODULES = {"fairseg": FairSegDataModule, "dbt": DBTDataModule}
 
-def main(synthetic: str, output: str, root: str | None = None, attribute: str = "race", per_group: int = 2) -> None:
-    """Draw ``per_group`` columns for each group that has synthetic samples."""
-    data = FairSegDataModule(root, [attribute], synthetic=[synthetic])
+
+def main(
+    synthetic: str,
+    output: str,
+    root: str | None = None,
+    attribute: str = "race",
+    dataset: str = "fairseg",
+    per_group: int = 2,
+) -> None:
+    """Draw ``per_group`` columns for each group that has synthetic samples, beside real ones of it where there are."""
+    data = MODULES[dataset](root, [attribute], synthetic=[synthetic])
     data.prepare_data()
     data.setup()
 
@@ -25,7 +34,8 @@ def main(synthetic: str, output: str, root: str | None = None, attribute: str = 
 
     names = data.attribute_groups[attribute]
     real, made = pick(made=False), pick(made=True)
-    pairs = [(a, b) for g in range(len(names)) for a, b in zip(real[g], made[g], strict=False)]
+    anyone = [r for r in data.splits["train"] if not r.synthetic][:per_group]
+    pairs = [(a, b) for g in made for a, b in zip(real[g] or anyone, made[g], strict=False)]
     size = data.dataset.read_mask(pairs[0][1]).shape
     frame = (size[0], size[1])
     left, right = (
@@ -47,4 +57,5 @@ if __name__ == "__main__":
     parser.add_argument("--output", required=True, help="picture to write, .png")
     parser.add_argument("--root", help="folder of the real data; the phantom when left out")
     parser.add_argument("--attribute", default="race")
+    parser.add_argument("--dataset", choices=sorted(MODULES), default="fairseg")
     main(**vars(parser.parse_args()))

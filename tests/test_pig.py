@@ -60,7 +60,7 @@ def run(tmp_path, **settings):
     commands = recorded(tmp_path)
     for file in [*tmp_path.rglob("last.ckpt"), *tmp_path.rglob("manifest.csv")]:
         file.unlink()
-    for command in commands[:-1]:
+    for command in commands[:-2]:
         words = [w for w in command[1:] if "guider_checkpoint" not in w]
         if len(words) + 1 < len(command):
             words.append(f"--model.guider_checkpoint={newest_checkpoint(Path('runs/pig/guider'), 'last')}")
@@ -69,10 +69,15 @@ def run(tmp_path, **settings):
         main([*words, *SIZE, *TINY[part], *QUIET[2:], *length])
     sys.path.insert(0, str(REPOSITORY / "examples"))
     import compare_runs
+    import show_synthetic
 
-    assert commands[-1][1] == "examples/compare_runs.py"
-    compare_runs.main(commands[-1][2:4], output=commands[-1][5])
-    return [command[1] for command in commands[:-1]]
+    picture, table = commands[-2:]
+    assert [picture[1], table[1]] == ["examples/show_synthetic.py", "examples/compare_runs.py"]
+    root = next((word.split("=")[1] for word in picture if word.startswith("--root=")), None)
+    show_synthetic.main(picture[2], picture[4], root, attribute=picture[8], dataset=picture[6])
+    assert Path(picture[4]).stat().st_size > 10_000
+    compare_runs.main(table[2:4], output=table[5])
+    return [command[1] for command in commands[:-2]]
 
 
 @pytest.mark.parametrize("joint", ["", "1"])

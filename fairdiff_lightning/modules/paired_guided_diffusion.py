@@ -310,16 +310,22 @@ class PairedGuidedDiffusion(GenerativeModule):
         ]
         x, y = (gaussian(torch.empty(shape, device=self.device), random) for shape in shapes)
         common: dict[str, Any] = {"num_steps": self.hparams["num_steps"], "generator": random}
+        keys = set(requests)
+        mask_is_given = "mask" in keys and "image" not in keys
         if self.guider is None:
+            if mask_is_given:
+                raise ValueError("variant='two_channel' draws image and mask together; it cannot follow a given mask.")
             x0, y0 = self._denoise_both(x, y, groups, **common)
             return self._decoded(x0, y0)
         common |= {"scheduler": self.make_sampler(), "eta": self.hparams["eta"]}
         guider = self._predictor(self.guider, groups)
         if self.target is None:
+            if "image" not in keys:
+                raise ValueError("stage='guider' draws masks for given images; these requests have none.")
             x0 = sample_guide(guider, x=x, y0=requests["image"] * 2 - 1, **common)
             return {"mask": self.decode_mask(x0)}
         target = self._predictor(self.target, groups)
-        if "mask" in requests and "image" not in set(requests):
+        if mask_is_given:
             given = self.encode_mask(requests["mask"])
             return self._decoded(given, sample_guided(target, guide=given, y=y, **common))
         return self._decoded(*sample_pairs(guider, target, x=x, y=y, guide=self.sampling_transform, **common))

@@ -164,6 +164,13 @@ def test_an_image_follows_a_given_mask():
     assert not torch.equal(found["image"], made.generate(requests(mask=1 - mask))["image"])
 
 
+def test_what_a_variant_cannot_answer_is_refused():
+    with pytest.raises(ValueError, match="cannot follow a given mask"):
+        module(variant="two_channel").generate(requests(mask=batch()["mask"]))
+    with pytest.raises(ValueError, match="these requests have none"):
+        module(stage="guider").generate(requests())
+
+
 def test_masks_may_be_empty_and_images_are_not_stretched():
     made = module(decode="absolute")
     low = torch.full((2, 1, 16, 16), -0.3)
