@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader
 
 from fairdiff_lightning import DMoESegmenter, FairSegDataModule
 from fairdiff_lightning.callbacks import TrainableEMA
-from fairdiff_lightning.modules import ControlNetSynth, PointDiffusion
+from fairdiff_lightning.modules import ControlNetSynth, PairedGuidedDiffusion, PointDiffusion
 from fairdiff_lightning.networks import DistributionAwareMoE
 
 pytestmark = [
@@ -106,6 +106,11 @@ def batch(count=8):
     }
 
 
+def pairs(**arguments):
+    sizes = {"image_size": 64, "widths": (32, 64), "num_classes": 3, "num_steps": 4}
+    return PairedGuidedDiffusion(**{**sizes, "num_groups": {"race": 3}, "attributes": ("race",), **arguments})
+
+
 def rows(value, i):
     return {k: rows(v, i) for k, v in value.items()} if isinstance(value, dict) else value[i : i + 1]
 
@@ -123,8 +128,10 @@ def on_gpu(value):
         lambda: points(reference_behaviour=True),
         tiny_controlnet,
         lambda: tiny_controlnet(condition="colours", min_snr_gamma=5.0, scheduler="DPMSolverMultistepScheduler"),
+        pairs,
+        lambda: pairs(variant="two_channel", gradient_checkpointing=True),
     ],
-    ids=["points", "points-reference", "one_hot", "colours"],
+    ids=["points", "points-reference", "one_hot", "colours", "pairs", "two_channel"],
 )
 def test_a_generators_training_step_never_waits_for_the_gpu(make):
     module, given = make().cuda().train(), on_gpu(batch())
@@ -143,9 +150,10 @@ def test_a_generators_training_step_never_waits_for_the_gpu(make):
     assert all(bool(p.grad.isfinite().all()) for p in module.parameters() if p.requires_grad)
 
 
-@pytest.mark.parametrize("kind", ["points", "controlnet"])
+@pytest.mark.parametrize("kind", ["points", "controlnet", "pairs"])
 def test_generators_train_in_bf16_with_an_average_and_generate(tmp_path, kind):
-    module, facts = (points(), {"num_points": 48}) if kind == "points" else (tiny_controlnet(), {})
+    module = {"points": points, "controlnet": tiny_controlnet, "pairs": pairs}[kind]()
+    facts = {"num_points": 48} if kind == "points" else {}
     data = FairSegDataModule(image_size=64, batch_size=8, attributes=["race"], augment=False, **facts)
     trainer = Trainer(
         default_root_dir=tmp_path,
@@ -162,7 +170,8 @@ def test_generators_train_in_bf16_with_an_average_and_generate(tmp_path, kind):
     if kind == "points":  # a few steps make no outlines: scatter the clouds again
         module.statistics.scale.mul_(4)
     trainer.save_checkpoint(tmp_path / "last.ckpt")
-    loader = DataLoader([batch()], batch_size=None)
+    asked = {key: value for key, value in batch().items() if kind != "pairs" or key not in ("image", "mask", "points")}
+    loader = DataLoader([asked], batch_size=None)
     (made,) = trainer.predict(module, loader, ckpt_path=tmp_path / "last.ckpt", weights_only=True)
     if kind == "points":
         assert made["mask"].shape == (8, 1, 64, 64)
