@@ -78,7 +78,7 @@ def read_state_dict(source: Source) -> dict[str, Tensor]:
         FileNotFoundError: when there is no such file.
         ValueError: when it is no checkpoint that can be read safely, or holds other things than tensors.
     """
-    content: Any = source if isinstance(source, Mapping) else _read(Path(source))
+    content: Any = source if isinstance(source, Mapping) else read_checkpoint(Path(source))
     if isinstance(content, list) and content and isinstance(content[0], Mapping):
         content = content[0]
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
@@ -132,7 +132,13 @@ def load_strictly(source: Source, targets: Mapping[str, Tensor]) -> LoadReport:
     return LoadReport(describe(source), tuple(targets))
 
 
-def _read(path: Path) -> Any:
+def read_checkpoint(path: Path) -> Any:
+    """What a PyTorch or safetensors file holds; nothing in it is run.
+
+    Raises:
+        FileNotFoundError: when there is no such file.
+        ValueError: when it is no checkpoint that can be read safely.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at '{path}'.")
     if path.suffix == ".safetensors":

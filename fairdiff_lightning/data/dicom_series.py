@@ -1,0 +1,239 @@
+"""A series of DICOM slices as one volume, and back as the series that it comes from."""
+
+# nibabel's functions carry no annotations
+# mypy: allow-untyped-calls
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pydicom
+from numpy.typing import NDArray
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.errors import InvalidDicomError
+from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
+
+from fairdiff_lightning.data.dicom import read_stored
+from fairdiff_lightning.data.errors import InvalidSampleError
+from fairdiff_lightning.data.native import visible_files
+from fairdiff_lightning.data.volumes import RAS, Array, Native, Volume, check_affine
+
+PLACE = ("SeriesInstanceUID", "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing")
+TO_RAS = np.diag([-1.0, -1.0, 1.0])
+"""DICOM's x and y run to the patient's left and back."""
+NEW_SERIES_AXES = ("P", "L", "S")
+
+
+def read_series(folder: str | Path, axes: Sequence[str] | None = RAS, series: str | None = None) -> Volume:
+    """Read the slices in a folder as a volume; files that are no images (structures, reports) are passed over.
+
+    Args:
+        folder: of one series.
+        axes: directions that the axes are turned to run to; None leaves rows, columns, slices.
+        series: SeriesInstanceUID of the one to read, where there are several.
+
+    Raises:
+        InvalidSampleError: for no or several series, slices missing, doubled, of unequal size or orientation, a tilted
+            gantry, or pixels that cannot be decoded.
+    """
+    slices = _of_one_series(Path(folder), series)
+    _check_alike(slices, folder)
+    order = np.argsort([_depth(header) for _, header in slices], kind="stable")
+    slices = [slices[i] for i in order]
+    headers = tuple(header for _, header in slices)
+    affine = check_affine(_affine(headers, folder), folder)
+    stored = np.stack([read_stored(path) for path, _ in slices], -1)
+    slope, intercept = (_rescale(headers, name, rest) for name, rest in (("RescaleSlope", 1), ("RescaleIntercept", 0)))
+    native = Native(nib.aff2axcodes(affine), stored.dtype, slope, intercept, slices=headers)
+    volume = Volume(native.load(stored), affine, native)
+    return volume if axes is None else volume.reoriented(axes)
+
+
+def write_series(folder: str | Path, volume: Volume) -> Path:
+    """Write a volume as a new, derived series, uncompressed; the folder appears whole or not at all.
+
+    A volume that was read from a series keeps the slices' headers, scaling and bits; another one becomes a CT of int16.
+
+    Raises:
+        FileExistsError: when the folder exists.
+        ValueError: for a volume that was cut out of the series whose headers it carries.
+    """
+    folder = Path(folder)
+    if folder.exists():
+        raise FileExistsError(f"'{folder}' exists; a series is written into a folder of its own. Remove it first.")
+    native = volume.native
+    if native is None or not native.slices:
+        native = Native(NEW_SERIES_AXES, np.dtype(np.int16))
+    placed = volume.reoriented(native.axes)
+    headers = native.slices or _new_headers(placed, folder.name)
+    if len(headers) != placed.shape[2] or (headers[0].Rows, headers[0].Columns) != placed.shape[:2]:
+        raise ValueError(
+            f"a volume of {placed.shape} with the headers of {len(headers)} slices of {headers[0].Rows} x "
+            f"{headers[0].Columns}; paste it back into its scan first, or give Volume(array, affine) without native."
+        )
+    stored = native.store(placed.array, headers[0].BitsStored)
+    uid = generate_uid(entropy_srcs=[headers[0].SeriesInstanceUID, hashlib.sha256(stored.tobytes()).hexdigest()])
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as work:
+        content = Path(work) / "content"
+        content.mkdir()
+        for k, header in enumerate(headers):
+            _write_slice(content / f"{k:06d}.dcm", header, stored[..., k], uid, k)
+        os.rename(content, folder)
+    return folder
+
+
+def _of_one_series(folder: Path, series: str | None) -> list[tuple[Path, Dataset]]:
+    found = list(_images(folder))
+    counts = Counter(str(header.SeriesInstanceUID) for _, header in found)
+    if series is not None:
+        found = [(path, header) for path, header in found if header.SeriesInstanceUID == series]
+    if not found:
+        wanted = "a series of DICOM slices" if series is None else f"the series {series}"
+        raise InvalidSampleError(folder, f"{len(counts)} series: {dict(counts)}", wanted)
+    if series is None and len(counts) > 1:
+        raise InvalidSampleError(
+            folder, f"{len(counts)} series, of slices {dict(counts)}", "one; sort them into folders, or name the series"
+        )
+    return found
+
+
+def _images(folder: Path) -> Iterator[tuple[Path, Dataset]]:
+    """Path and header of every image slice."""
+    for path in visible_files(folder, "*"):
+        if not path.is_file():
+            continue
+        try:
+            header = pydicom.dcmread(path, stop_before_pixels=True)
+        except InvalidDicomError as error:
+            if path.suffix.lower() in (".dcm", ".dicom"):
+                raise InvalidSampleError(path, f"unreadable ({error})", "a DICOM file; fetch it again") from error
+            continue
+        except (OSError, EOFError, ValueError) as error:
+            raise InvalidSampleError(path, f"unreadable ({error})", "a DICOM file; fetch it again") from error
+        if "Rows" not in header:
+            continue
+        missing = [name for name in PLACE if name not in header]
+        if missing:
+            raise InvalidSampleError(path, f"no {', '.join(missing)}", "a slice that says where in the patient it lies")
+        yield path, header
+
+
+def _check_alike(slices: Sequence[tuple[Path, Dataset]], folder: str | Path) -> None:
+    first_path, first = slices[0]
+    for path, header in slices[1:]:
+        for name in ("Rows", "Columns", "BitsStored", "PixelRepresentation", "ImageOrientationPatient", "PixelSpacing"):
+            one, other = (np.asarray(h[name].value, float) for h in (first, header))
+            if not np.allclose(one, other, atol=1e-4):
+                raise InvalidSampleError(
+                    folder,
+                    f"{name} {one.tolist()} in {first_path.name} and {other.tolist()} in {path.name}",
+                    "slices that are alike",
+                )
+
+
+def _directions(header: Dataset) -> tuple[Array, Array, Array]:
+    """Unit vectors, in DICOM's axes, along which rows, columns and slices follow each other."""
+    cosines = np.asarray(header.ImageOrientationPatient, float)
+    along_row, along_column = cosines[:3], cosines[3:]
+    return along_column, along_row, np.cross(along_row, along_column)
+
+
+def _depth(header: Dataset) -> float:
+    return float(np.asarray(header.ImagePositionPatient, float) @ _directions(header)[2])
+
+
+def _affine(headers: Sequence[Dataset], folder: str | Path) -> NDArray[np.float64]:
+    """From (row, column, slice) to RAS in mm, for slices in order."""
+    down, right, through = _directions(headers[0])
+    height, width = np.asarray(headers[0].PixelSpacing, float)
+    places = np.array([np.asarray(header.ImagePositionPatient, float) for header in headers])
+    step = _step(places, through, headers, folder)
+    affine = np.eye(4)
+    affine[:3, :3] = TO_RAS @ np.stack([down * height, right * width, step], 1)
+    affine[:3, 3] = TO_RAS @ places[0]
+    return affine
+
+
+def _step(places: Array, through: Array, headers: Sequence[Dataset], folder: str | Path) -> Array:
+    """From one slice to the next, mm."""
+    if len(places) == 1:
+        thickness = headers[0].get("SpacingBetweenSlices") or headers[0].get("SliceThickness")
+        if not thickness:
+            raise InvalidSampleError(folder, "one slice without SliceThickness", "a slice that says how thick it is")
+        return through * float(thickness)
+    gaps = np.diff(places @ through)
+    usual = float(np.median(gaps))
+    widest = int(np.argmax(np.abs(gaps - usual)))
+    if gaps.min() < 1e-3:
+        twin = int(np.argmin(gaps))
+        raise InvalidSampleError(
+            folder, f"slices {twin} and {twin + 1} at one place, {places[twin].tolist()} mm", "one slice at each place"
+        )
+    if abs(gaps[widest] - usual) > 0.05 * usual:
+        raise InvalidSampleError(
+            folder,
+            f"{gaps[widest]:.3f} mm between slices {widest} and {widest + 1}, {usual:.3f} mm between others",
+            "even gaps; slices are missing, or of several scans",
+        )
+    return (places[-1] - places[0]) / (len(places) - 1)  # type: ignore[no-any-return]
+
+
+def _rescale(headers: Sequence[Dataset], name: str, default: float) -> float | Array:
+    """Slope or intercept: one number, or one for each slice where they differ."""
+    values = np.array([float(header.get(name, default)) for header in headers])
+    return float(values[0]) if np.all(values == values[0]) else values
+
+
+def _write_slice(path: Path, header: Dataset, pixels: Array, series: str, number: int) -> None:
+    image = deepcopy(header)
+    image.file_meta = FileMetaDataset()
+    image.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    image.file_meta.MediaStorageSOPClassUID = image.SOPClassUID
+    image.SeriesInstanceUID = series
+    image.SOPInstanceUID = image.file_meta.MediaStorageSOPInstanceUID = generate_uid(entropy_srcs=[series, str(number)])
+    image.ImageType = ["DERIVED", "SECONDARY", *list(header.get("ImageType", []))[2:]]
+    for name in ("SmallestImagePixelValue", "LargestImagePixelValue"):  # of the original's pixels
+        if name in image:
+            delattr(image, name)
+    image.PixelData = np.ascontiguousarray(pixels).astype(pixels.dtype.newbyteorder("<")).tobytes()
+    image["PixelData"].VR = "OW"
+    image.save_as(path, enforce_file_format=True, implicit_vr=False, little_endian=True)
+
+
+def _new_headers(volume: Volume, name: str) -> tuple[Any, ...]:
+    """Headers of an int16 CT for a volume of the axes rows, columns, slices."""
+    down, right, step = (TO_RAS @ column for column in volume.affine[:3, :3].T)
+    place = TO_RAS @ volume.affine[:3, 3]
+    height, width, depth = volume.spacing
+    identity = [name, repr(volume.affine.tolist()), repr(volume.shape)]
+    study, series, frame = (generate_uid(entropy_srcs=[*identity, role]) for role in ("study", "series", "frame"))
+    headers = []
+    for k in range(volume.shape[2]):
+        header = Dataset()
+        header.SOPClassUID, header.Modality = CTImageStorage, "CT"
+        header.PatientName = header.PatientID = name[:64]
+        header.StudyInstanceUID, header.SeriesInstanceUID, header.FrameOfReferenceUID = study, series, frame
+        header.InstanceNumber, header.ImageType = k + 1, ["DERIVED", "SECONDARY"]
+        header.ImagePositionPatient = _decimals(place + k * step)
+        header.ImageOrientationPatient = _decimals([*(right / width), *(down / height)])
+        header.PixelSpacing, header.SliceThickness = _decimals([height, width]), _decimals([depth])[0]
+        header.Rows, header.Columns = volume.shape[:2]
+        header.SamplesPerPixel, header.PhotometricInterpretation = 1, "MONOCHROME2"
+        header.BitsAllocated, header.BitsStored, header.HighBit, header.PixelRepresentation = 16, 16, 15, 1
+        header.RescaleSlope, header.RescaleIntercept, header.RescaleType = 1, 0, "HU"
+        headers.append(header)
+    return tuple(headers)
+
+
+def _decimals(values: Any) -> list[str]:
+    """Numbers as DICOM's decimal strings, of 16 characters at most."""
+    return [f"{value:.9g}" if abs(value) > 1e-9 else "0" for value in values]

@@ -1,0 +1,242 @@
+"""Regions of interest: cut around lesions out of full scans, put back into them, and placed where none is yet."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage, signal
+
+from fairdiff_lightning.data.errors import InvalidSampleError
+from fairdiff_lightning.data.volumes import (
+    AIR,
+    Array,
+    Size,
+    Volume,
+    as_type,
+    block_of,
+    centred_start,
+    check_hu,
+    check_same_grid,
+    offset_in,
+)
+
+WHOLE = np.ones((3, 3, 3), bool)
+"""Voxels that touch at a corner belong together."""
+SMALLEST_LUNG, DARKEST_LUNG = 20e3, -950.0
+"""Cubic mm that a part of a lung in the scan has, and HU of the median of emphysema: what is darker is air."""
+
+
+@dataclass(frozen=True)
+class ROI:
+    """A block of a scan around one lesion.
+
+    Args:
+        image: the block, in its place in the patient.
+        mask: of every lesion in the block, not of this one alone: another one is no healthy tissue.
+        start: voxel of the scan at which the block begins, negative where it begins in padding.
+        is_cut: whether the lesion goes on outside of the block.
+    """
+
+    image: Volume
+    mask: Volume
+    start: Size
+    is_cut: bool
+
+
+def extract_rois(
+    image: Volume,
+    mask: Volume,
+    size: Sequence[float],
+    unit: Literal["voxel", "mm"] = "voxel",
+    min_voxels: int = 1,
+    fill: float = AIR,
+) -> list[ROI]:
+    """Cut a block around each connected lesion of a scan.
+
+    A block at the border is moved inwards, so that it shows tissue and no padding; it is padded only along an axis on
+    which the scan is shorter than the block.
+
+    Args:
+        image: full scan.
+        mask: class indices on the same grid; lesions that touch are one, of whatever classes.
+        size: of the blocks, (H, W, D).
+        unit: of ``size``; mm are rounded to whole voxels, nothing is resampled.
+        min_voxels: smaller lesions get no block.
+        fill: intensity of padding.
+
+    Returns:
+        Largest lesion first.
+
+    Raises:
+        InvalidSampleError: when image and mask do not lie on one grid, or no lesion is large enough.
+    """
+    check_same_grid(image, mask, "lesion mask")
+    voxels = [max(1, round(s)) for s in (np.asarray(size) / image.spacing if unit == "mm" else size)]
+    labels, count = ndimage.label(mask.array != 0, WHOLE)
+    volumes = np.bincount(labels.ravel(), minlength=count + 1)[1:]
+    boxes = ndimage.find_objects(labels)
+    kept = [k for k in np.argsort(-volumes, kind="stable") if volumes[k] >= min_voxels]
+    if not kept:
+        raise InvalidSampleError(
+            "lesion mask", f"{count} lesions, the largest of {volumes.max(initial=0)} voxels", f"one of {min_voxels}"
+        )
+    return [_roi(image, mask, boxes[k], voxels, fill) for k in kept]
+
+
+def paste_roi(scan: Volume, roi: Volume, lesion: Array) -> Volume:
+    """Put the lesion of a block back into the scan; every other voxel stays bit for bit what it is.
+
+    Args:
+        scan: full scan; its affine, type and file header are kept.
+        roi: block in the intensities of the scan, at its place by its affine.
+        lesion: (H, W, D) of the block; voxels other than 0 are replaced.
+
+    Raises:
+        InvalidSampleError: for a block of another grid or mask of another size, and for a lesion that is empty or
+            partly outside of the scan.
+    """
+    if lesion.shape != roi.shape:
+        raise InvalidSampleError("lesion", f"mask of {lesion.shape} voxels for a block of {roi.shape}", "one shape")
+    where = np.argwhere(lesion != 0)
+    if not len(where):
+        raise InvalidSampleError("lesion", "an empty mask", "voxels to replace")
+    at = where + offset_in(roi, scan)
+    outside = np.count_nonzero(((at < 0) | (at >= scan.shape)).any(1))
+    if outside:
+        raise InvalidSampleError(
+            "lesion", f"{outside} of {len(at)} voxels outside of the scan of {scan.shape}", "a lesion inside"
+        )
+    array = scan.array.copy()
+    array[tuple(at.T)] = as_type(roi.array[tuple(where.T)], array.dtype)
+    return scan.with_array(array)
+
+
+def lung_mask(scan: Volume, threshold: float = -400.0, closing: float = 8.0) -> Volume:
+    """Find the lungs in a CT of the chest: dark, not the air around the body, large, closed over vessels and nodules.
+
+    Args:
+        scan: HU, in RAS order, with the lungs whole or cut by the field of view.
+        threshold: HU below which tissue is lung or air.
+        closing: half the width, mm, of vessels and of nodules at the wall that still belong to the lung.
+
+    Returns:
+        uint8 {0, 1} on the scan's grid.
+
+    Raises:
+        InvalidSampleError: for values that are no HU, or a scan without lungs.
+    """
+    labels, count = ndimage.label(check_hu(scan.array, "scan") < threshold)
+    sizes = np.bincount(labels.ravel(), minlength=count + 1) * np.prod(scan.spacing)
+    large = [k for k in np.argsort(-sizes[1:], kind="stable") + 1 if sizes[k] > SMALLEST_LUNG]
+    inside = [k for k in large if not _is_outside_air(scan.array, labels == k)]
+    largest = [k for k in inside[:2] if sizes[k] > 0.1 * sizes[inside[0]]]
+    if not largest:
+        raise InvalidSampleError(
+            "scan", f"no region below {threshold:g} HU of 20 ml or more inside of the body", "a CT of the chest"
+        )
+    lungs = _close(np.isin(labels, largest), closing, scan.spacing)
+    filled = np.stack([ndimage.binary_fill_holes(lungs[..., k]) for k in range(lungs.shape[2])], -1)
+    return replace(scan, array=filled.astype(np.uint8), native=None)
+
+
+def candidate_places(
+    organ: Volume,
+    lesion: Array | Sequence[int],
+    count: int,
+    seed: int,
+    margin: float = 0.0,
+    distance: float = 0.0,
+) -> NDArray[np.int64]:
+    """Draw places at which a lesion lies inside of an organ as a whole.
+
+    Args:
+        organ: mask of the organ, without what must be kept free.
+        lesion: (h, w, d) mask, or three sides of a box, in voxels of the organ's grid.
+        count: how many places.
+        seed: of the draw; the first places of a larger count are those of a smaller one.
+        margin: least distance of the lesion from the organ's border, mm.
+        distance: least distance between the centres of two places, mm.
+
+    Returns:
+        (count, 3) first voxels of the lesion's block, as :func:`~fairdiff_lightning.data.volumes.block_of` takes them;
+        negative where the block, but not the lesion in it, begins outside of the scan.
+
+    Raises:
+        InvalidSampleError: for an empty lesion, or when fewer places are found, with their number.
+    """
+    shape = np.ones([int(side) for side in lesion], bool) if np.ndim(lesion) == 1 else np.asarray(lesion) != 0
+    if not shape.any():
+        raise InvalidSampleError("lesion", "an empty mask", "a lesion to place")
+    first, tight = _trim(shape)
+    corner, inside = _trim(organ.array != 0) if organ.array.any() else (np.zeros(3, np.int64), organ.array != 0)
+    if margin > 0:
+        deep = ndimage.distance_transform_edt(np.pad(inside, 1), sampling=organ.spacing) > margin
+        inside = deep[1:-1, 1:-1, 1:-1]
+    starts = _starts_inside(inside, tight) + corner
+    free = np.random.default_rng(seed).permutation(starts)
+    chosen: list[NDArray[np.int64]] = []
+    while len(chosen) < count and len(free):
+        chosen.append(free[0])
+        apart = np.linalg.norm((free - free[0]) * organ.spacing, axis=1) >= max(distance, 1e-6)
+        free = free[apart]
+    if len(chosen) < count:
+        raise InvalidSampleError(
+            "organ mask",
+            f"{len(chosen)} places for a lesion of {tight.shape} voxels, margin {margin:g}, distance {distance:g} mm",
+            f"{count}; ask for fewer, a smaller lesion, margin or distance",
+        )
+    return np.array(chosen, np.int64).reshape(-1, 3) - first
+
+
+def _roi(image: Volume, mask: Volume, box: tuple[slice, ...], size: Sequence[int], fill: float) -> ROI:
+    centre = [(side.start + side.stop) // 2 for side in box]
+    start = [_moved_inwards(c - n // 2, n, full) for c, n, full in zip(centre, size, image.shape, strict=True)]
+    is_cut = any(b.start < s or b.stop > s + n for b, s, n in zip(box, start, size, strict=True))
+    return ROI(
+        block_of(image, start, size, fill), block_of(mask, start, size, 0), (start[0], start[1], start[2]), is_cut
+    )
+
+
+def _moved_inwards(start: int, size: int, full: int) -> int:
+    if size > full:
+        return centred_start([full] * 3, [size] * 3)[0]
+    return min(max(start, 0), full - size)
+
+
+def _is_outside_air(values: Array, region: NDArray[np.bool_]) -> bool:
+    """Whether a region touches a side of the scan and is air: a lung that the field of view cuts is not as dark."""
+    touches = any(side.any() for side in (region[0], region[-1], region[:, 0], region[:, -1]))
+    return touches and bool(np.median(values[region]) < DARKEST_LUNG)
+
+
+def _close(mask: Array, radius: float, spacing: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Close with a ball of ``radius`` mm, by distances: as fast for a large ball as for a small one."""
+    (box,) = ndimage.find_objects(mask.astype(np.uint8))
+    reach = [int(np.ceil(radius / step)) + 1 for step in spacing]
+    padded = np.pad(mask[box], [(r, r) for r in reach])
+    grown = ndimage.distance_transform_edt(~padded, sampling=spacing) <= radius
+    closed = ndimage.distance_transform_edt(grown, sampling=spacing) > radius
+    inner = tuple(slice(r, r + b.stop - b.start) for r, b in zip(reach, box, strict=True))
+    whole = np.zeros(mask.shape, bool)
+    whole[box] = closed[inner] | mask[box]
+    return whole
+
+
+def _trim(shape: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """The first voxel of a mask's bounding box, and the box."""
+    (box,) = ndimage.find_objects(shape.astype(np.uint8))
+    return np.array([side.start for side in box], np.int64), shape[box]
+
+
+def _starts_inside(inside: NDArray[np.bool_], lesion: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Where a lesion's bounding box may begin so that no voxel of the lesion lies outside, (N, 3) in scan order."""
+    if not inside.any() or any(have < need for have, need in zip(inside.shape, lesion.shape, strict=True)):
+        return np.zeros((0, 3), np.int64)
+    forbidden = (~inside).astype(np.float32)
+    flipped = lesion[::-1, ::-1, ::-1].astype(np.float32)
+    outside = signal.oaconvolve(forbidden, flipped, mode="valid")  # how many voxels of the lesion would lie outside
+    return np.argwhere(outside < 0.5)

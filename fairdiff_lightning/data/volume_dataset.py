@@ -1,0 +1,125 @@
+"""What data sets of volumes share: reading pairs on one grid, and writing samples back into the unit of the files."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fairdiff_lightning.data.native import NativeDataset, Record
+from fairdiff_lightning.data.sample import UNKNOWN, AttributeSpec, Sample
+from fairdiff_lightning.data.volumes import Array, Volume, Window, check_same_grid
+
+
+class VolumeDataset(NativeDataset):
+    """Reads and writes one data set of volumes in its owner's layout."""
+
+    ndim: ClassVar[int] = 3
+    channels: ClassVar[int] = 1
+    window: ClassVar[Window]
+    """Intensities, in the unit of :meth:`read_volumes`, that are [0, 1] in a sample; its low end is what pads."""
+
+    ignore_mask_affine: bool = False
+    """Whether a mask is taken to lie where its image lies, whatever its file says; the shapes must agree."""
+
+    @abstractmethod
+    def read_image(self, record: Record) -> Volume:
+        """Read the image (H, W, D) float32 alone, of a record that may have no mask.
+
+        Raises:
+            InvalidSampleError: naming the file and what is wrong with it.
+        """
+
+    @abstractmethod
+    def read_labels(self, record: Record) -> Volume:
+        """Read the mask (H, W, D) uint8 of class indices alone.
+
+        Raises:
+            InvalidSampleError: naming the file and what is wrong with it.
+        """
+
+    def read_volumes(self, record: Record) -> tuple[Volume, Volume]:
+        """Read image and mask, on one grid."""
+        image, mask = self.read_image(record), self.read_labels(record)
+        if self.ignore_mask_affine and mask.shape == image.shape:
+            mask = Volume(mask.array, image.affine)
+        check_same_grid(image, mask, record.files.get("mask", f"mask of {record.id}"))
+        return image, mask
+
+    @abstractmethod
+    def backgrounds(self, root: Path) -> list[Record]:
+        """List the healthy images that a lesion can be put into; none where the tree has none."""
+
+    @abstractmethod
+    def write_volumes(self, directory: Path, sample_id: str, image: Volume, mask: Volume, **notes: Any) -> Path:
+        """Store an image, in the unit of :meth:`read_volumes`, and its mask in the native layout, each atomically.
+
+        Args:
+            directory: root of the tree.
+            sample_id: what the record's id will be.
+            image: with its place in the patient.
+            mask: class indices on the same grid.
+            **notes: ``synthetic``, ``source``, and names of groups by attribute.
+        """
+
+    def read_arrays(self, record: Record) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:  # type: ignore[override]
+        """Read image (H, W, D) float32, in the unit of :attr:`window`, and mask (H, W, D) uint8."""
+        image, mask = self.read_volumes(record)
+        return image.array, mask.array
+
+    def read_mask(self, record: Record) -> NDArray[np.uint8]:
+        """Read the mask (H, W, D) alone."""
+        return self.read_labels(record).array
+
+    def read(self, record: Record) -> Sample:
+        """Read a record as a sample at its own size, image in [0, 1], with its affine and spacing."""
+        image, mask = self.read_volumes(record)
+        return {
+            "image": torch.from_numpy(self.window.to_unit(image.array))[None],
+            "mask": torch.from_numpy(mask.array.astype(np.int64))[None],
+            "attributes": {name: torch.tensor(group) for name, group in record.attributes.items()},
+            "id": record.id,
+            "synthetic": torch.tensor(record.synthetic),
+            "affine": torch.from_numpy(image.affine),
+            "spacing": torch.from_numpy(image.spacing.astype(np.float32)),
+        }
+
+    def write(self, directory: Path, sample: Sample) -> Path:
+        """Store a sample (image in [0, 1]) in the unit of the files; without ``affine`` at 1 mm from the origin."""
+        affine = np.asarray(sample["affine"], np.float64) if "affine" in sample else np.eye(4)
+        image = self.window.from_unit(sample["image"][0].detach().cpu().numpy())
+        mask = sample["mask"][0].cpu().numpy().astype(np.uint8)
+        notes = self._group_names({name: int(group) for name, group in sample["attributes"].items()})
+        if bool(sample.get("synthetic", False)):
+            notes |= {"synthetic": True}
+        if sample.get("source"):
+            notes |= {"source": sample["source"]}
+        return self.write_volumes(directory, sample["id"], Volume(image, affine), Volume(mask, affine), **notes)
+
+    def _group_names(self, groups: Mapping[str, int]) -> dict[str, Any]:
+        return {name: self.attributes[name].groups[g] for name, g in groups.items() if g != UNKNOWN}
+
+
+def group_index(spec: AttributeSpec, name: object) -> int:
+    """Index of a group by its name; -1 for one that the attribute does not have."""
+    return spec.groups.index(str(name)) if name in spec.groups else UNKNOWN
+
+
+def depth_first(volume: Volume) -> Volume:
+    """The volume with its last axis first, at the same place in the patient."""
+    return _permuted(volume, (2, 0, 1))
+
+
+def depth_last(volume: Volume) -> Volume:
+    """The volume with its first axis last, at the same place in the patient."""
+    return _permuted(volume, (1, 2, 0))
+
+
+def _permuted(volume: Volume, order: tuple[int, int, int]) -> Volume:
+    array: Array = np.ascontiguousarray(volume.array.transpose(order))
+    return Volume(array, volume.affine[:, [*order, 3]])
