@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fairdiff_lightning.diffusion.noise import Generators, gaussian
+from fairdiff_lightning.diffusion.sampling import set_steps
 from fairdiff_lightning.diffusion.schedulers import add_noise, clean_estimate
 
 Guide = Literal["raw", "clamped", "binary", "soft"]
@@ -167,7 +168,7 @@ class _Chain:
 
     def __init__(self, scheduler: Any, num_steps: int, eta: float, generator: Generators | None, like: Tensor) -> None:
         self.scheduler = deepcopy(scheduler)
-        self.scheduler.set_timesteps(num_steps, device=like.device)
+        set_steps(self.scheduler, num_steps, like.device)
         name, accepted = type(scheduler).__name__, inspect.signature(scheduler.step).parameters
         if eta and "eta" not in accepted:
             raise ValueError(f"eta={eta}: {name} has none; take DDIMScheduler, or eta=0.")

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fairdiff_lightning.diffusion.noise import Generators
@@ -26,10 +27,26 @@ def denoise(
     Returns:
         Samples (B, ...).
     """
-    sampler.set_timesteps(num_steps, device=start.device)
+    set_steps(sampler, num_steps, start.device)
     draws = {"generator": list(generator)} if "generator" in inspect.signature(sampler.step).parameters else {}
     noisy: Tensor = start * sampler.init_noise_sigma
     for step in sampler.timesteps:
         predicted = predict(sampler.scale_model_input(noisy, step), step)
         noisy = sampler.step(predicted, step, noisy, **draws, return_dict=False)[0]
     return noisy
+
+
+def set_steps(sampler: Any, num_steps: int, device: torch.device) -> None:
+    """Give a sampler its steps.
+
+    Raises:
+        ValueError: when the first two fall on one step of training, as so many that are even in log SNR do: solvers
+            would then begin with the second.
+    """
+    sampler.set_timesteps(num_steps, device=device)
+    first = sampler.timesteps[:2].tolist()
+    if len(first) > len(set(first)):
+        raise ValueError(
+            f"{num_steps} steps of {type(sampler).__name__} begin twice at step {first[0]} of "
+            f"{sampler.config.num_train_timesteps}: take fewer steps, or use_lu_lambdas=False."
+        )

@@ -275,6 +275,13 @@ def test_guides_keep_clean_masks_apart():
         ({"order": "z_first"}, "order 'z_first'; expected is x_first or y_first"),
         ({"eta": 0.5, "scheduler": DDPMScheduler()}, "eta=0.5: DDPMScheduler has none; take DDIMScheduler"),
         ({"scheduler": EulerDiscreteScheduler()}, "EulerDiscreteScheduler samples between training steps"),
+        (
+            {
+                "scheduler": DPMSolverMultistepScheduler(100, use_lu_lambdas=True, rescale_betas_zero_snr=True),
+                "num_steps": 20,
+            },
+            "20 steps of DPMSolverMultistepScheduler begin twice at step 99 of 100",
+        ),
     ],
 )
 def test_what_cannot_be_sampled_is_refused(arguments, message):
