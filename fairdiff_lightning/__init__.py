@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from fairdiff_lightning.modules import (
         ControlNetSynth,
         DMoESegmenter,
+        LeFusionInpaint,
         PairedGuidedDiffusion,
         PointDiffusion,
         Segmenter,
@@ -23,6 +24,7 @@ __all__ = [
     "DMoESegmenter",
     "FairSegDataModule",
     "HAM10000DataModule",
+    "LeFusionInpaint",
     "PairedGuidedDiffusion",
     "PointDiffusion",
     "Segmenter",
@@ -33,6 +35,13 @@ __getattr__, __dir__, _ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "data": ["BCSDBTDataModule", "DBTDataModule", "FairSegDataModule", "HAM10000DataModule"],
-        "modules": ["ControlNetSynth", "DMoESegmenter", "PairedGuidedDiffusion", "PointDiffusion", "Segmenter"],
+        "modules": [
+            "ControlNetSynth",
+            "DMoESegmenter",
+            "LeFusionInpaint",
+            "PairedGuidedDiffusion",
+            "PointDiffusion",
+            "Segmenter",
+        ],
     },
 )

@@ -1,0 +1,104 @@
+"""Textures of lesions as histograms: those that training showed, and prototypes of them."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.cluster.vq import kmeans2
+from torch import Tensor, nn
+
+from fairdiff_lightning.diffusion.lesion_histogram import jitter
+from fairdiff_lightning.diffusion.noise import Generators, gaussian
+
+_PROTOTYPE = re.compile(r"(cluster|exemplar):(\d+)")
+
+
+class TextureBank(nn.Module):
+    """Histograms of the training lesions and ``count`` prototypes of them, kept in the checkpoint.
+
+    LeFusion (arXiv:2403.14066) shows three prototypes for the lung; each row of its published file is the histogram of
+    one real lesion, here called an exemplar. The clustering itself is not published: this is k-means, ordered from dark
+    to bright.
+
+    Args:
+        count: number of prototypes.
+        classes: lesion classes, which a histogram has a row for.
+        bins: of each row.
+
+    Attributes:
+        histograms: (N, classes * bins), of the lesions that were measured.
+        centroids: (count, classes * bins), means of the clusters.
+        exemplars: (count, classes * bins), the lesion nearest to each.
+    """
+
+    histograms: Tensor
+    centroids: Tensor
+    exemplars: Tensor
+
+    def __init__(self, count: int, classes: int, bins: int) -> None:
+        super().__init__()
+        self.classes, self.bins = classes, bins
+        self.register_buffer("histograms", torch.zeros(0, classes * bins))
+        for name in ("centroids", "exemplars"):
+            self.register_buffer(name, torch.zeros(count, classes * bins))
+
+    def measure(self, histograms: Tensor) -> None:
+        """Keep the histograms (N, classes * bins) of the training lesions, and find prototypes.
+
+        Raises:
+            ValueError: for fewer lesions than prototypes.
+        """
+        count = len(self.centroids)
+        if len(histograms) < count:
+            raise ValueError(f"{len(histograms)} training lesions make no {count} textures; ask for fewer `textures`.")
+        found = histograms.double().cpu().numpy()
+        centroids, _ = kmeans2(found, count, minit="++", seed=np.random.default_rng(0), iter=100, missing="warn")
+        brightness = centroids.reshape(count, self.classes, self.bins).sum(1) @ np.arange(self.bins)
+        centroids = centroids[np.argsort(brightness)]
+        nearest = ((found[:, None] - centroids) ** 2).sum(-1).argmin(0)
+        device = self.histograms.device
+        self.histograms = histograms.float().to(device)
+        self.centroids.copy_(torch.from_numpy(centroids))
+        self.exemplars.copy_(self.histograms[torch.from_numpy(nearest).to(device)])
+
+    def draw(self, texture: str, random: Generators, amount: float = 0.1) -> Tensor:
+        """A histogram (B, classes * bins) for each generator.
+
+        Args:
+            texture: ``cluster:<k>`` or ``exemplar:<k>``, a prototype; ``random``, any centroid; ``empirical``, any
+                training lesion as it is.
+            random: one for each sample.
+            amount: largest relative change of a bin of a prototype, see
+                :func:`~fairdiff_lightning.diffusion.lesion_histogram.jitter`.
+
+        Raises:
+            ValueError: for another name, a prototype that there is not, or before anything was measured.
+        """
+        if not len(self.histograms):
+            raise ValueError(f"texture={texture!r}: no training lesion was measured; train first, or give histograms.")
+        if texture == "empirical":
+            return self.histograms[self._indices(len(self.histograms), random)]
+        chosen = _PROTOTYPE.fullmatch(texture)
+        if texture != "random" and not chosen:
+            raise ValueError(
+                f"texture {texture!r}; expected is 'cluster:<k>', 'exemplar:<k>', 'random' or 'empirical'."
+            )
+        table = self.exemplars if chosen and chosen[1] == "exemplar" else self.centroids
+        index = self._indices(len(table), random) if chosen is None else [int(chosen[2])] * len(random)
+        if max(index) >= len(table):
+            raise ValueError(f"texture {texture!r}: there are {len(table)}, counted from 0, from dark to bright.")
+        rows = table[index].view(len(random), self.classes, self.bins)
+        return jitter(rows, gaussian(rows, random), amount).flatten(1)
+
+    @staticmethod
+    def _indices(count: int, random: Generators) -> list[int]:
+        return [int(torch.randint(count, (1,), generator=generator)) for generator in random]
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        saved = state_dict.get(f"{prefix}histograms")
+        if saved is not None and saved.shape[1:] == self.histograms.shape[1:]:  # as many as that run had
+            self.histograms = self.histograms.new_zeros(saved.shape)
+        super()._load_from_state_dict(state_dict, prefix, *rest)

@@ -1,0 +1,66 @@
+import pytest
+import torch
+
+from fairdiff_lightning.diffusion import generators
+from fairdiff_lightning.networks.texture_bank import TextureBank
+
+
+def peaks(bin_index, count, seed):
+    """Histograms that lie around one bin."""
+    draws = torch.Generator().manual_seed(seed)
+    found = torch.zeros(count, 16)
+    found[:, bin_index] = 0.8
+    found += 0.2 * torch.rand(count, 16, generator=draws) / 16
+    return found / found.sum(1, keepdim=True)
+
+
+@pytest.fixture
+def bank():
+    made = TextureBank(3, classes=1, bins=16)
+    made.measure(torch.cat([peaks(12, 9, 0), peaks(2, 5, 1), peaks(7, 7, 2)])[torch.randperm(21)])
+    return made
+
+
+def test_prototypes_are_the_kinds_of_lesions_from_dark_to_bright(bank):
+    assert bank.centroids.argmax(1).tolist() == [2, 7, 12]
+    assert bank.exemplars.argmax(1).tolist() == [2, 7, 12]
+    for exemplar in bank.exemplars:
+        assert (bank.histograms == exemplar).all(1).any()  # of a real lesion
+
+
+def test_draws_are_what_was_asked_for_and_of_their_own_seed(bank):
+    random = torch.arange(6) + 3
+    for k, peak in enumerate((2, 7, 12)):
+        for kind in ("cluster", "exemplar"):
+            found = bank.draw(f"{kind}:{k}", generators(random))
+            assert found.argmax(1).tolist() == [peak] * 6
+            torch.testing.assert_close(found.sum(1), torch.ones(6))
+            assert not torch.equal(found[0], found[1])
+    lesions = bank.draw("empirical", generators(random))
+    assert all((bank.histograms == lesion).all(1).any() for lesion in lesions)
+    mixed = bank.draw("random", generators(torch.arange(40)))
+    assert set(mixed.argmax(1).tolist()) == {2, 7, 12}
+    for texture in ("empirical", "random", "cluster:1"):
+        alone = torch.cat([bank.draw(texture, generators(seed[None])) for seed in random])
+        assert torch.equal(alone, bank.draw(texture, generators(random)))
+
+
+def test_another_bank_loads_as_many_lesions_as_there_were(bank):
+    again = TextureBank(3, classes=1, bins=16)
+    again.load_state_dict(bank.state_dict())
+    assert torch.equal(again.histograms, bank.histograms)
+    assert torch.equal(
+        again.draw("random", generators(torch.arange(4))), bank.draw("random", generators(torch.arange(4)))
+    )
+
+
+def test_unknown_textures_are_refused(bank):
+    random = generators(torch.arange(2))
+    with pytest.raises(ValueError, match=r"'cluster:3': there are 3, counted from 0"):
+        bank.draw("cluster:3", random)
+    with pytest.raises(ValueError, match=r"texture 'solid'; expected is 'cluster:<k>'"):
+        bank.draw("solid", random)
+    with pytest.raises(ValueError, match="no training lesion was measured"):
+        TextureBank(3, 1, 16).draw("random", random)
+    with pytest.raises(ValueError, match="2 training lesions make no 3 textures"):
+        TextureBank(3, 1, 16).measure(peaks(2, 2, 0))
