@@ -9,6 +9,8 @@
 #
 # A run that was killed goes on where it stopped when the same command is repeated.
 set -euo pipefail
+DATA=${DATA:+$(realpath -m "$DATA")}
+OUT=${OUT:+$(realpath -m "$OUT")}
 cd "$(dirname "$0")/.."
 
 DATA=${DATA:-}                  # folder with the .npz files; empty: the phantom

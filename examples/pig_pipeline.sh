@@ -10,6 +10,8 @@
 # JOINT=1 trains both networks at once instead of one after the other. A run that was killed goes on where it stopped when the
 # same command is repeated.
 set -euo pipefail
+DATA=${DATA:+$(realpath -m "$DATA")}
+OUT=${OUT:+$(realpath -m "$OUT")}
 cd "$(dirname "$0")/.."
 
 DATA=${DATA:-}        # folder with img/ and mask/; empty: the phantom

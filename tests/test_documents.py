@@ -78,7 +78,8 @@ def test_commands_run(command, repository, monkeypatch):
 def guider():
     """The argument with a guider's checkpoint, as another command would have made it."""
     widths = yaml.safe_load(PARTS["pig"][0].split("=")[1])
-    model = PairedGuidedDiffusion("guider", image_size=32, widths=tuple(widths))
+    groups = {"num_groups": {"view": 2}, "attributes": ("view",)}
+    model = PairedGuidedDiffusion("guider", image_size=32, widths=tuple(widths), **groups)
     torch.save({"state_dict": model.state_dict()}, "guider.ckpt")
     return ["--model.guider_checkpoint=guider.ckpt"]
 

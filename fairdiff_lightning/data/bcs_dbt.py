@@ -75,14 +75,14 @@ class BCSDBT(DBT):
 
     def index(self, root: Path) -> Index:
         """List the slices around the boxes whose volumes are there; the others' boxes are counted."""
-        boxes = visible_files(root, "BCS-DBT*boxes-*.csv") or visible_files(root, "boxes_with_paths*.csv")
+        boxes = _tables_of_boxes(root)
         if not boxes:
             return super().index(root)
         paths, labels = self._read_paths(root), self._read_labels(root)
         left_out, rows = Counter[str](), 0
         records: list[Record] = []
         for table in boxes:
-            split = "test" if re.search(r"boxes[-_]test", table.name) else None
+            split = "test" if _part(table) == "test" else None
             found = self._read_boxes(table)
             rows += len(found)
             for names, group in found.groupby(VOLUME, sort=True):
@@ -281,3 +281,16 @@ def _bounds(mask: NDArray[np.uint8]) -> Box:
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     top, left = int(rows[0]), int(columns[0])
     return left, top, int(columns[-1]) - left + 1, int(rows[-1]) - top + 1
+
+
+def _part(table: Path) -> str:
+    """Which of the official parts a table is of: train, validation or test; empty when its name says none."""
+    found = re.search(r"-(train|validation|test)", table.name)
+    return found[1] if found else ""
+
+
+def _tables_of_boxes(root: Path) -> list[Path]:
+    """The tables of boxes; of a part that has none, the one that is joined with the paths."""
+    plain = visible_files(root, "BCS-DBT*boxes-*.csv")
+    parts = {_part(table) for table in plain}
+    return [*plain, *(t for t in visible_files(root, "boxes_with_paths*.csv") if _part(t) not in parts)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +43,9 @@ def read_frame(path: str | Path, index: int | None = None) -> NDArray[np.uint8]:
     _raise_to_frame(header, index or 0)
     try:
         values = apply_voi_lut(apply_rescale(pixels, header), header)
-    except (ValueError, NotImplementedError) as error:
+        low, high = _output_range(header)
+    except (ValueError, NotImplementedError, AttributeError, LookupError, TypeError, struct.error) as error:
         raise InvalidSampleError(path, f"{error}", "a window or look-up table as DICOM defines them") from error
-    low, high = _output_range(header)
     image = ((values.astype(np.float64) - low) / (high - low)).clip(0, 1) * 255
     image = image.round().astype(np.uint8)
     return 255 - image if header.PhotometricInterpretation == "MONOCHROME1" else image
@@ -120,6 +121,8 @@ def _decode(path: str | Path, index: int | None) -> tuple[NDArray[Any], pydicom.
 
 def _check_decoder(path: str | Path, header: pydicom.FileDataset) -> None:
     syntax = header.file_meta.get("TransferSyntaxUID")
+    if syntax is None:
+        raise InvalidSampleError(path, "no TransferSyntaxUID", "a DICOM file that says how its pixels are stored")
     try:
         available = get_decoder(syntax).is_available
     except NotImplementedError as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from copy import deepcopy
 from typing import Any, Literal, get_args
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fairdiff_lightning.diffusion.noise import Generators, gaussian
-from fairdiff_lightning.diffusion.sampling import set_steps
+from fairdiff_lightning.diffusion.sampling import set_steps, step_arguments
 from fairdiff_lightning.diffusion.schedulers import add_noise, clean_estimate
 
 Guide = Literal["raw", "clamped", "binary", "soft"]
@@ -75,7 +74,7 @@ def sample_pairs(
         guide: see :func:`guide_transform`; x itself always goes on from the raw prediction.
         eta: noise that DDIM adds on its way, 1 being as much as DDPM.
         order: ``y_first`` swaps the roles: the guider denoises y and the target x.
-        generator: one for each sample, for schedulers that draw noise; x draws before y.
+        generator: one for each sample, for schedulers that draw noise; the guider's variable draws first.
         watch: called in each step with (t, x_t, y_t, x0, y0), the last two as estimated; nothing of this is kept here.
 
     Returns:
@@ -158,7 +157,7 @@ def sample_guide(
     chain = _Chain(scheduler, num_steps, eta, generator, x)
     x = chain.start(x)
     for step in chain.steps:
-        partner = add_noise(chain.scheduler, y0, gaussian(y0, generator), step.expand(len(y0)))
+        partner = add_noise(chain.scheduler, y0, gaussian(y0, generator), step.long().expand(len(y0)))
         x = chain.step(guider(chain.network_input(x, step), partner, step), step, x)
     return x
 
@@ -169,16 +168,12 @@ class _Chain:
     def __init__(self, scheduler: Any, num_steps: int, eta: float, generator: Generators | None, like: Tensor) -> None:
         self.scheduler = deepcopy(scheduler)
         set_steps(self.scheduler, num_steps, like.device)
-        name, accepted = type(scheduler).__name__, inspect.signature(scheduler.step).parameters
-        if eta and "eta" not in accepted:
-            raise ValueError(f"eta={eta}: {name} has none; take DDIMScheduler, or eta=0.")
         if self.steps.is_floating_point() and bool((self.steps != self.steps.round()).any()):
             raise ValueError(
-                f"{name} samples between training steps; give it timestep_spacing='leading' or 'trailing'."
+                f"{type(scheduler).__name__} samples between training steps; give it timestep_spacing='leading' or "
+                "'trailing'."
             )
-        self.extra: dict[str, Any] = {"eta": eta} if eta else {}
-        if generator is not None and "generator" in accepted:
-            self.extra["generator"] = list(generator)
+        self.extra = step_arguments(scheduler, eta, generator)
 
     @property
     def steps(self) -> Tensor:

@@ -13,7 +13,12 @@ from fairdiff_lightning.diffusion.noise import Generators
 
 
 def denoise(
-    sampler: Any, predict: Callable[[Tensor, Tensor], Tensor], start: Tensor, num_steps: int, generator: Generators
+    sampler: Any,
+    predict: Callable[[Tensor, Tensor], Tensor],
+    start: Tensor,
+    num_steps: int,
+    generator: Generators,
+    eta: float = 0.0,
 ) -> Tensor:
     """Run a sampler.
 
@@ -23,16 +28,20 @@ def denoise(
         start: standard normal noise (B, ...); its type and device are those of the chain.
         num_steps: of the sampler.
         generator: one for each sample, for samplers that draw noise on their way.
+        eta: noise that DDIM adds, 1 being as much as DDPM.
 
     Returns:
         Samples (B, ...).
+
+    Raises:
+        ValueError: for ``eta`` with a sampler that has none, or steps that begin twice.
     """
     set_steps(sampler, num_steps, start.device)
-    draws = {"generator": list(generator)} if "generator" in inspect.signature(sampler.step).parameters else {}
+    extra = step_arguments(sampler, eta, generator)
     noisy: Tensor = start * sampler.init_noise_sigma
     for step in sampler.timesteps:
         predicted = predict(sampler.scale_model_input(noisy, step), step)
-        noisy = sampler.step(predicted, step, noisy, **draws, return_dict=False)[0]
+        noisy = sampler.step(predicted, step, noisy, **extra, return_dict=False)[0]
     return noisy
 
 
@@ -50,3 +59,18 @@ def set_steps(sampler: Any, num_steps: int, device: torch.device) -> None:
             f"{num_steps} steps of {type(sampler).__name__} begin twice at step {first[0]} of "
             f"{sampler.config.num_train_timesteps}: take fewer steps, or use_lu_lambdas=False."
         )
+
+
+def step_arguments(sampler: Any, eta: float, generator: Generators | None) -> dict[str, Any]:
+    """What a sampler's ``step`` is given beside prediction, step and state.
+
+    Raises:
+        ValueError: for ``eta`` with a sampler that has none.
+    """
+    accepted = inspect.signature(sampler.step).parameters
+    if eta and "eta" not in accepted:
+        raise ValueError(f"eta={eta}: {type(sampler).__name__} has none; take DDIMScheduler, or eta=0.")
+    extra: dict[str, Any] = {"eta": eta} if eta else {}
+    if generator is not None and "generator" in accepted:
+        extra["generator"] = list(generator)
+    return extra

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
@@ -30,17 +32,30 @@ from fairdiff_lightning.diffusion.guidance import guide as guide_away
 from fairdiff_lightning.diffusion.mask_channels import Decode, decode_mask, encode_mask, relative_levels
 from fairdiff_lightning.diffusion.noise import Generators
 from fairdiff_lightning.diffusion.paired import Guide, Transform, guide_transform
+from fairdiff_lightning.diffusion.sampling import step_arguments
 from fairdiff_lightning.diffusion.weighting import min_snr_weights
 from fairdiff_lightning.metrics.mask_plausibility import MaskPlausibility
 from fairdiff_lightning.metrics.noise_levels import LossByNoise
 from fairdiff_lightning.modules.data_facts import check_data, check_requests, chosen_attribute, group_of
 from fairdiff_lightning.modules.generative import GenerativeModule
-from fairdiff_lightning.networks.checkpoint import LoadReport, Source, check_state_dict, read_state_dict
+from fairdiff_lightning.networks.checkpoint import (
+    LoadReport,
+    Source,
+    check_state_dict,
+    read_checkpoint,
+    read_state_dict,
+)
 from fairdiff_lightning.networks.guided_unet import WIDTHS, GuidedUNet
 
 PAPER_NOISE = {"num_train_timesteps": 1024, "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
-LOG_SNR_STEPS = {"use_lu_lambdas": True}
-"""Steps that are even in the logarithm of the signal-to-noise ratio: DPM-Solver++ needs the fewest with them."""
+SAMPLERS: dict[str, dict[str, Any]] = {
+    "DPMSolverMultistepScheduler": {"use_lu_lambdas": True},  # even in log SNR, where it needs the fewest steps
+    "DDIMScheduler": {"clip_sample": False},
+    "DDPMScheduler": {"clip_sample": False},
+}
+"""Arguments of samplers where diffusers' own are not meant: estimates are not clipped."""
+GUIDER_FACTS = ("scheduler", "scheduler_args", "num_classes", "ordinal_mask", "in_channels")
+"""What a guider must have in common with the target that is trained beside it."""
 Groups = dict[str, Tensor]
 
 
@@ -161,11 +176,17 @@ class PairedGuidedDiffusion(GenerativeModule):
         conditions = {str(chosen_attribute(name, known)): known.get(name, 0) for name in attributes}
         self.attribute = next(iter(conditions), None)
         self.noise = build_training_scheduler(scheduler, PAPER_NOISE | (scheduler_args or {}))
-        self.make_sampler()  # so that a wrong name or argument is found now
+        step_arguments(self.make_sampler(), eta, None)  # so that a wrong name or argument is found now
+        if guidance_scale != 1 and not (attributes and group_dropout):
+            raise ValueError(
+                f"guidance_scale={guidance_scale} with attributes={list(attributes)}, group_dropout={group_dropout}: "
+                "guidance needs groups to go towards, and some of them hidden in training."
+            )
         relative = reference_behaviour or decode == "relative"
         self.decode_method: Decode = "relative" if relative else "absolute"
-        self.guide_transform: Transform = relative_levels if guide == "binary" and relative else guide_transform(guide)
-        self.sampling_transform: Transform = relative_levels if reference_behaviour else self.guide_transform
+        levels: Transform = partial(relative_levels, levels=num_classes if ordinal_mask else 2)
+        self.guide_transform: Transform = levels if guide == "binary" and relative else guide_transform(guide)
+        self.sampling_transform: Transform = levels if reference_behaviour else self.guide_transform
         self.mask_channels = 1 if ordinal_mask else num_classes - 1
         self.image_size = (image_size, image_size) if isinstance(image_size, int) else (image_size[0], image_size[1])
         common: dict[str, Any] = {"image_size": self.image_size, "widths": widths, "num_groups": conditions}
@@ -195,9 +216,7 @@ class PairedGuidedDiffusion(GenerativeModule):
     def make_sampler(self) -> Any:
         """A new scheduler for sampling, along the noise of training."""
         name, arguments = self.hparams["sampler"], self.hparams["sampler_args"]
-        if arguments is None and name == "DPMSolverMultistepScheduler":
-            arguments = LOG_SNR_STEPS
-        return build_scheduler(name, arguments, like=self.noise)
+        return build_scheduler(name, SAMPLERS.get(name, {}) | (arguments or {}), like=self.noise)
 
     def setup(self, stage: str) -> None:
         """Check that the data are what the networks were built for, take over the guider, and compile."""
@@ -218,7 +237,7 @@ class PairedGuidedDiffusion(GenerativeModule):
         """Take over the guider of a checkpoint that ``stage="guider"`` wrote.
 
         Raises:
-            ValueError: when none is given, or it holds no guider.
+            ValueError: when none is given, it holds no guider, or one of another noise or encoding of masks.
             CheckpointMismatchError: when it is one of another size, naming what does not fit.
         """
         if path is None:
@@ -229,6 +248,11 @@ class PairedGuidedDiffusion(GenerativeModule):
         state = {k.removeprefix("guider."): w for k, w in read_state_dict(path).items() if k.startswith("guider.")}
         if not state:
             raise ValueError(f"guider_checkpoint='{path}' holds no guider; expected is a checkpoint of stage='guider'.")
+        saved = read_checkpoint(Path(path)).get("hyper_parameters", {})
+        for fact in GUIDER_FACTS:
+            found, wanted = saved.get(fact), self.hparams[fact]
+            if fact in saved and (found or None) != (wanted or None):
+                raise ValueError(f"guider_checkpoint='{path}': its {fact} is {found}, here it is {wanted}.")
         guider = self._part("guider")
         check_state_dict(state, guider.state_dict(), f"guider_checkpoint='{path}'")
         guider.load_state_dict(state)
@@ -297,6 +321,12 @@ class PairedGuidedDiffusion(GenerativeModule):
         if not self.trainer.sanity_checking:
             self.log_dict({f"val/{name}": value for name, value in values.items() if not value.isnan()})
 
+    def predict_step(self, batch: Sample, batch_idx: int = 0) -> dict[str, Any]:
+        """Pairs for a batch of requests; of attributes that the networks do not know the group is unknown."""
+        made, known = super().predict_step(batch, batch_idx), self._conditions()
+        given = made["attributes"]
+        return made | {"attributes": {n: g if n in known else torch.full_like(g, -1) for n, g in given.items()}}
+
     @torch.no_grad()
     def generate(self, requests: Sample) -> dict[str, Any]:
         """Pairs for requests with ``seed``: ``image`` (B, C, H, W) in [0, 1] and ``mask`` (B, 1, H, W).
@@ -315,7 +345,7 @@ class PairedGuidedDiffusion(GenerativeModule):
         if self.guider is None:
             if mask_is_given:
                 raise ValueError("variant='two_channel' draws image and mask together; it cannot follow a given mask.")
-            x0, y0 = self._denoise_both(x, y, groups, **common)
+            x0, y0 = self._denoise_both(x, y, groups, **common, eta=self.hparams["eta"])
             return self._decoded(x0, y0)
         common |= {"scheduler": self.make_sampler(), "eta": self.hparams["eta"]}
         guider = self._predictor(self.guider, groups)
@@ -327,7 +357,8 @@ class PairedGuidedDiffusion(GenerativeModule):
         target = self._predictor(self.target, groups)
         if mask_is_given:
             given = self.encode_mask(requests["mask"])
-            return self._decoded(given, sample_guided(target, guide=given, y=y, **common))
+            image = sample_guided(target, guide=given, y=y, **common)
+            return self._decoded(given, image) | {"mask": requests["mask"]}
         return self._decoded(*sample_pairs(guider, target, x=x, y=y, guide=self.sampling_transform, **common))
 
     @torch.no_grad()
@@ -341,8 +372,15 @@ class PairedGuidedDiffusion(GenerativeModule):
 
         Returns:
             Images (num, C, H, W) in [0, 1] and masks (num, 1, H, W) int64.
+
+        Raises:
+            ValueError: for a group that the networks do not know.
         """
-        attributes = {n: torch.full((num,), (groups or {}).get(n, -1), device=self.device) for n in self._conditions()}
+        known = self._conditions()
+        for name, group in (groups or {}).items():
+            if name not in known or not -1 <= group < known[name]:
+                raise ValueError(f"groups: {name}={group}; the networks know {known or 'none'}, and -1 for any.")
+        attributes = {name: torch.full((num,), (groups or {}).get(name, -1), device=self.device) for name in known}
         seeds = torch.tensor([derive_seed(seed, k) for k in range(num)])
         requests = {"id": [str(k) for k in range(num)], "seed": seeds, "attributes": attributes}
         made = self.eval().generate(cast(Sample, requests))
@@ -360,11 +398,11 @@ class PairedGuidedDiffusion(GenerativeModule):
         return {"image": (y0 / 2 + 0.5).clamp(0, 1), "mask": self.decode_mask(x0)}
 
     def _denoise_both(
-        self, x: Tensor, y: Tensor, groups: Groups, num_steps: int, generator: Generators
+        self, x: Tensor, y: Tensor, groups: Groups, num_steps: int, generator: Generators, eta: float
     ) -> tuple[Tensor, Tensor]:
         predict = self._predictor(self._part("target"), groups)
         start = torch.cat([x, y], 1)
-        found = denoise(self.make_sampler(), lambda s, t: predict(s, s[:, :0], t), start, num_steps, generator)
+        found = denoise(self.make_sampler(), lambda s, t: predict(s, s[:, :0], t), start, num_steps, generator, eta)
         return found[:, : x.shape[1]], found[:, x.shape[1] :]
 
     def _predictor(self, network: GuidedUNet, groups: Groups) -> Callable[[Tensor, Tensor, Tensor], Tensor]:

@@ -102,8 +102,9 @@ class GuidedUNet(nn.Module):
         device = self.unet.device
         unknown = torch.full((size,), -1, device=device)
         chosen = [
-            table(groups.get(name, unknown) % len(cast(nn.Embedding, table).weight))  # -1 becomes the last row
+            table(torch.where(group < 0, cast(nn.Embedding, table).num_embeddings - 1, group))
             for name, table in self.groups.items()
+            for group in (groups.get(name, unknown),)
         ]
         total: Tensor = torch.stack(chosen).sum(0)
         return total

@@ -10,6 +10,7 @@ from pydicom.pixels import get_decoder
 from pydicom.sequence import Sequence
 from pydicom.uid import ExplicitVRLittleEndian, JPEG2000Lossless, JPEGBaseline8Bit, JPEGLosslessSV1, RLELossless
 
+from fairdiff_lightning.data import bcs_dbt
 from fairdiff_lightning.data.bcs_dbt import BCSDBT, BCSDBTDataModule, turn_to
 from fairdiff_lightning.data.dicom import read_frame
 from fairdiff_lightning.data.errors import DatasetNotFoundError, InvalidSampleError
@@ -334,3 +335,19 @@ def test_generated_pairs_are_written_and_mixed_in(tmp_path):
     assert torch.equal(BCSDBT().read(record)["mask"], mask)
     shapes = {tuple(data._data("train")[i]["image"].shape) for i in range(len(data.splits["train"]))}
     assert shapes == {(1, 20, 16)}
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["BCS-DBT boxes-train-v2.csv", "boxes_with_paths-test-v2.csv"], {"": "BCS", "test": "boxes"}),
+        (["BCS-DBT boxes-train-v2.csv", "boxes_with_paths-train-v2.derived.csv"], {"": "BCS"}),
+        (["boxes_with_paths-test-v2.csv"], {"test": "boxes"}),
+    ],
+)
+def test_joined_tables_stand_in_for_parts_that_have_none(tmp_path, names, expected):
+    for name in names:
+        (tmp_path / name).touch()
+    tables = bcs_dbt._tables_of_boxes(tmp_path)
+    found = {"test" if bcs_dbt._part(table) == "test" else "": table.name for table in tables}
+    assert {part: name[: len(expected[part])] for part, name in found.items()} == expected

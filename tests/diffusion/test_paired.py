@@ -296,3 +296,9 @@ def test_clean_estimates_undo_noise():
         noisy = scheduler.add_noise(clean, noise, steps)
         said = {"epsilon": noise, "sample": clean, "v_prediction": scheduler.get_velocity(clean, noise, steps)}[kind]
         torch.testing.assert_close(clean_estimate(scheduler, said, noisy, steps), clean, rtol=1e-3, atol=1e-3)
+
+
+def test_a_partner_is_noised_along_schedulers_with_steps_of_any_type():
+    scheduler = EulerDiscreteScheduler(**PAPER, timestep_spacing="trailing")
+    x, y = start().values()
+    assert sample_guide(linear_guider, x=x, y0=y, scheduler=scheduler, num_steps=4).isfinite().all()

@@ -319,3 +319,47 @@ def test_the_best_checkpoint_holds_the_weights_of_the_best_epoch(tmp_path, refer
     steps = {int(state["step"]) for state in saved["optimizer_states"][0]["state"].values()}
     assert steps == {bug["adam_step_expected"]}
     assert not torch.equal(saved["state_dict"]["target.unet.conv_in.weight"], made.target.unet.conv_in.weight)
+
+
+def test_a_given_mask_comes_back_as_it_was_given():
+    made, mask = module(decode="relative").eval(), torch.zeros(3, 1, 16, 16, dtype=torch.int64)
+    mask[:, :, 4:12, 4:12] = 1
+    assert torch.equal(made.generate(requests(mask=mask))["mask"], mask)
+
+
+def test_pairs_claim_no_group_that_the_networks_do_not_know():
+    known = module(num_groups={"race": 3}, attributes=("race",)).eval()
+    assert module().eval().predict_step(requests())["attributes"]["race"].tolist() == [-1, -1, -1]
+    assert known.predict_step(requests())["attributes"]["race"].tolist() == [0, 1, -1]
+    for groups in ({"race": 3}, {"rice": 0}):
+        with pytest.raises(ValueError, match=r"the networks know \{'race': 3\}"):
+            known.sample(1, groups)
+
+
+def test_a_guider_of_another_noise_is_refused(tmp_path):
+    noise = {"prediction_type": "sample"}
+    guider = module(stage="guider", scheduler_args=noise)
+    torch.save({"state_dict": guider.state_dict(), "hyper_parameters": dict(guider.hparams)}, tmp_path / "guider.ckpt")
+    module(stage="target", scheduler_args=noise).load_guider(str(tmp_path / "guider.ckpt"))
+    with pytest.raises(ValueError, match=r"its scheduler_args is \{.*sample.*\}, here it is None"):
+        module(stage="target").load_guider(str(tmp_path / "guider.ckpt"))
+
+
+def test_samplers_do_not_clip_unless_asked_to():
+    for sampler in ("DDIMScheduler", "DDPMScheduler"):
+        assert not module(sampler=sampler).make_sampler().config.clip_sample
+    assert module(sampler="DDIMScheduler", sampler_args={"clip_sample": True}).make_sampler().config.clip_sample
+    assert module(sampler_args={"solver_order": 3}).make_sampler().config.use_lu_lambdas
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"eta": 0.5}, "eta=0.5: DPMSolverMultistepScheduler has none"),
+        ({"eta": 0.5, "variant": "two_channel"}, "eta=0.5: DPMSolverMultistepScheduler has none"),
+        ({"guidance_scale": 2.0}, "guidance needs groups to go towards"),
+    ],
+)
+def test_settings_without_effect_are_refused_at_once(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        module(**arguments)
