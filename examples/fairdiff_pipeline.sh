@@ -26,66 +26,37 @@ case $KIND in
         segmenter=configs/fairseg/transunet.yaml ;;
   *) echo "KIND=$KIND; expected is demo or fairseg." >&2; exit 2 ;;
 esac
-data=(${DATA:+"--data.root=$DATA"})
 steps=(${STEPS:+"--trainer.max_steps=$STEPS" --trainer.max_epochs=-1})
-quiet=(--trainer.enable_progress_bar=false --trainer.enable_model_summary=false)
 scale=(--data.generate.equal_scale=true ${TOTAL:+"--data.generate.total=$TOTAL"})
-start=$SECONDS
+. examples/pipeline.sh
+begin "DATA=$DATA KIND=$KIND TOTAL=$TOTAL STEPS=$STEPS"
 
-settings="DATA=$DATA KIND=$KIND TOTAL=$TOTAL STEPS=$STEPS"
-mkdir -p "$OUT"
-if [ -f "$OUT/settings" ] && [ "$(cat "$OUT/settings")" != "$settings" ]; then
-  echo "$OUT was made with $(cat "$OUT/settings"), this run has $settings: set OUT to another folder, or remove it." >&2
-  exit 2
-fi
-echo "$settings" > "$OUT/settings"
-
-say() { printf '\n== %s (%d s)\n' "$1" $((SECONDS - start)); }
-
-checkpoint() { # folder, name: the newest, nothing when there is none
-  if [ -d "$1" ]; then find "$1" -name "$2.ckpt" -exec ls -t {} + | head -n 1; fi
-}
-
-train() { # folder, arguments: begins, or goes on from the last checkpoint
-  local folder=$1; shift
-  local last; last=$(checkpoint "$folder" last)
-  fairdiff fit "$@" "${data[@]}" "${quiet[@]}" "--trainer.default_root_dir=$folder" ${last:+"--ckpt_path=$last"}
-}
-
-generate() { # folder, arguments: samples that exist are not made again
-  local folder=$1; shift
-  fairdiff predict "$@" "${data[@]}" "${quiet[@]}" "${scale[@]}" "--trainer.default_root_dir=$folder" --ckpt_path=last
-  local made=$(($(wc -l < "$folder/synthetic/manifest.csv") - 1))
-  [ "$made" -gt 0 ] || { echo "No group lacks samples for an Equal-Scale set of this size: give a larger TOTAL." >&2; exit 1; }
-  echo "$made samples in $folder/synthetic"
-}
-
-segment() { # name, arguments
-  local folder=$OUT/$1; shift
-  train "$folder" --config "$segmenter" "${steps[@]}" "$@"
-  fairdiff test --config "$segmenter" "${data[@]}" "${quiet[@]}" "--trainer.default_root_dir=$folder" --ckpt_path=last --verbose=false
+balanced() { # folder, arguments: what each group lacks
+  generate "$1" last "${@:2}" "${scale[@]}"
+  [ "$(wc -l < "$1/synthetic/manifest.csv")" -gt 1 ] ||
+    { echo "No group lacks samples for an Equal-Scale set of this size: give a larger TOTAL." >&2; exit 1; }
 }
 
 say "1/7 a segmenter on the real samples alone"
-segment real
+segment real "${steps[@]}"
 
 say "2/7 a segmenter on the real samples, small groups repeated"
-segment oversampled --data.balance=oversample
+segment oversampled "${steps[@]}" --data.balance=oversample
 
 say "3/7 point diffusion on the outlines of the masks"
 train "$OUT/points" --config "$points"
 
 say "4/7 masks for the groups that lack them"
-generate "$OUT/points" --config "$points"
+balanced "$OUT/points" --config "$points"
 
 say "5/7 ControlNet from masks to images"
 train "$OUT/controlnet" --config "$controlnet" "--model.adherence=$(checkpoint "$OUT/real" last)"
 
 say "6/7 images for these masks"
-generate "$OUT/controlnet" --config "$controlnet" "--data.generate.masks=$OUT/points/synthetic"
+balanced "$OUT/controlnet" --config "$controlnet" "--data.generate.masks=$OUT/points/synthetic"
 
 say "7/7 a segmenter on the Equal-Scale set"
-segment equal_scale --data.balance=equal_scale "--data.synthetic=[$OUT/controlnet/synthetic]" ${TOTAL:+"--data.total=$TOTAL"}
+segment equal_scale "${steps[@]}" --data.balance=equal_scale "--data.synthetic=[$OUT/controlnet/synthetic]" ${TOTAL:+"--data.total=$TOTAL"}
 
 say "what it was worth"
 python examples/show_synthetic.py "$OUT/controlnet/synthetic" --output "$OUT/samples.png" ${DATA:+"--root=$DATA"}

@@ -26,36 +26,9 @@ case $KIND in
   *) echo "KIND=$KIND; expected is demo or dbt." >&2; exit 2 ;;
 esac
 config() { echo "$prefix$1.yaml"; }
-data=(${DATA:+"--data.root=$DATA"})
-quiet=(--trainer.enable_progress_bar=false --trainer.enable_model_summary=false)
-start=$SECONDS
-
-settings="DATA=$DATA KIND=$KIND PAIRS=$PAIRS JOINT=$JOINT"
-mkdir -p "$OUT"
-if [ -f "$OUT/settings" ] && [ "$(cat "$OUT/settings")" != "$settings" ]; then
-  echo "$OUT was made with $(cat "$OUT/settings"), this run has $settings: set OUT to another folder, or remove it." >&2
-  exit 2
-fi
-echo "$settings" > "$OUT/settings"
-
-say() { printf '\n== %s (%d s)\n' "$1" $((SECONDS - start)); }
-
-checkpoint() { # folder, name: the newest, nothing when there is none
-  if [ -d "$1" ]; then find "$1" -name "$2.ckpt" -exec ls -t {} + | head -n 1; fi
-}
-
-train() { # folder, arguments: begins, or goes on from the last checkpoint
-  local folder=$1; shift
-  local last; last=$(checkpoint "$folder" last)
-  fairdiff fit "$@" "${data[@]}" "${quiet[@]}" "--trainer.default_root_dir=$folder" ${last:+"--ckpt_path=$last"}
-}
-
-segment() { # name, arguments
-  local folder=$OUT/$1; shift
-  train "$folder" --config "$(config segment)" "$@"
-  fairdiff test --config "$(config segment)" "${data[@]}" "${quiet[@]}" "--trainer.default_root_dir=$folder" \
-    --ckpt_path=last --verbose=false
-}
+segmenter=$(config segment)
+. examples/pipeline.sh
+begin "DATA=$DATA KIND=$KIND PAIRS=$PAIRS JOINT=$JOINT"
 
 say "1/4 a segmenter on the real slices alone"
 segment real
@@ -71,9 +44,7 @@ fi
 train "$OUT/pairs" "${pairs[@]}"
 
 say "3/4 $PAIRS pairs"
-fairdiff predict "${pairs[@]}" "${data[@]}" "${quiet[@]}" "--data.generate.total=$PAIRS" \
-  "--trainer.default_root_dir=$OUT/pairs" --ckpt_path=last
-echo "$(($(wc -l < "$OUT/pairs/synthetic/manifest.csv") - 1)) pairs in $OUT/pairs/synthetic"
+generate "$OUT/pairs" last "${pairs[@]}" "--data.generate.total=$PAIRS"
 
 say "4/4 a segmenter on real slices and pairs"
 segment mixed "--data.synthetic=[$OUT/pairs/synthetic]"

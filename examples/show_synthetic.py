@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 
 from fairdiff_lightning.callbacks.figures import class_colours, picture_grid
-from fairdiff_lightning.data import DBTDataModule, FairSegDataModule, SegmentationDataset
+from fairdiff_lightning.data import DBTDataModule, FairSegDataModule, PictureFrame, SegmentationDataset
 from fairdiff_lightning.data.native import Record, atomic_path
 
 MODULES = {"fairseg": FairSegDataModule, "dbt": DBTDataModule}
@@ -37,10 +37,8 @@ def main(
     anyone = [r for r in data.splits["train"] if not r.synthetic][:per_group]
     pairs = [(a, b) for g in made for a, b in zip(real[g] or anyone, made[g], strict=False)]
     size = data.dataset.read_mask(pairs[0][1]).shape
-    frame = (size[0], size[1])
-    left, right = (
-        SegmentationDataset(data.dataset, side, [attribute], frame, data.crop) for side in zip(*pairs, strict=True)
-    )
+    frame = PictureFrame((size[0], size[1]), data.frame.crop)
+    left, right = (SegmentationDataset(data.dataset, side, [attribute], frame) for side in zip(*pairs, strict=True))
     rows = {
         "real": [sample["image"] for sample in left],
         "mask": [class_colours(sample["mask"]) for sample in right],

@@ -7,11 +7,21 @@ import lazy_loader
 from fairdiff_lightning.version import __version__
 
 if TYPE_CHECKING:
-    from fairdiff_lightning.data import BCSDBTDataModule, DBTDataModule, FairSegDataModule, HAM10000DataModule
+    from fairdiff_lightning.data import (
+        BCSDBTDataModule,
+        DBTDataModule,
+        DecathlonDataModule,
+        EmidecDataModule,
+        FairSegDataModule,
+        HAM10000DataModule,
+        LIDCDataModule,
+        ProstateDataModule,
+    )
     from fairdiff_lightning.modules import (
         ControlNetSynth,
         DMoESegmenter,
         LeFusionInpaint,
+        LesionMaskDiffusion,
         PairedGuidedDiffusion,
         PointDiffusion,
         Segmenter,
@@ -22,11 +32,16 @@ __all__ = [
     "ControlNetSynth",
     "DBTDataModule",
     "DMoESegmenter",
+    "DecathlonDataModule",
+    "EmidecDataModule",
     "FairSegDataModule",
     "HAM10000DataModule",
+    "LIDCDataModule",
     "LeFusionInpaint",
+    "LesionMaskDiffusion",
     "PairedGuidedDiffusion",
     "PointDiffusion",
+    "ProstateDataModule",
     "Segmenter",
     "__version__",
 ]
@@ -34,11 +49,21 @@ __all__ = [
 __getattr__, __dir__, _ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "data": ["BCSDBTDataModule", "DBTDataModule", "FairSegDataModule", "HAM10000DataModule"],
+        "data": [
+            "BCSDBTDataModule",
+            "DBTDataModule",
+            "DecathlonDataModule",
+            "EmidecDataModule",
+            "FairSegDataModule",
+            "HAM10000DataModule",
+            "LIDCDataModule",
+            "ProstateDataModule",
+        ],
         "modules": [
             "ControlNetSynth",
             "DMoESegmenter",
             "LeFusionInpaint",
+            "LesionMaskDiffusion",
             "PairedGuidedDiffusion",
             "PointDiffusion",
             "Segmenter",

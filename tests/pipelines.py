@@ -33,7 +33,8 @@ def pipeline(tmp_path, name, **settings):
         file.chmod(0o755)
     (tmp_path / "examples").mkdir(exist_ok=True)
     script = tmp_path / "examples" / name
-    script.write_text((REPOSITORY / "examples" / name).read_text())
+    for file in (name, "pipeline.sh"):
+        (script.parent / file).write_text((REPOSITORY / "examples" / file).read_text())
     environment = {"PATH": f"{stand_in.parent}:{os.environ['PATH']}", "TOTAL": "477", "STEPS": "3", **settings}
     return subprocess.run(["bash", str(script)], env=environment, capture_output=True, text=True)
 

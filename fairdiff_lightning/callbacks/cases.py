@@ -14,6 +14,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from fairdiff_lightning.callbacks.slices import orthogonal
+from fairdiff_lightning.data.resample import move
+
 PICTURE_SIZE = 256
 
 
@@ -82,17 +85,18 @@ def worst_cases(cases: Iterable[Case], num_worst: int) -> list[Case]:
     return sorted(worst.values(), key=_badness)
 
 
-def take_picture(outputs: Mapping[str, Any], batch: Mapping[str, Any], index: int) -> Picture | None:
-    """Shrink image ``index`` of a batch with its truth and prediction to at most 256 pixels a side; None in 3-D.
+def take_picture(outputs: Mapping[str, Any], batch: Mapping[str, Any], index: int) -> Picture:
+    """Shrink image ``index`` of a batch with its truth and prediction to at most 256 pixels a side.
 
-    The truth is the batch's ``native_mask`` where there is one; ``region`` says which part of it the image shows.
+    The truth is the batch's ``native_mask`` where there is one; ``region`` says which part of it the image shows. Of a
+    volume three orthogonal planes are shown side by side, at the size that the network saw.
     """
     image = batch["image"][index].detach().float()
     truth = batch.get("native_mask", batch["mask"])[index].detach()
     prediction = outputs["prediction"][index].detach()
-    if image.dim() != 3:
-        return None
-    if "native_mask" in batch and "region" in batch:
+    if image.dim() == 4:
+        image, truth, prediction = _planes(image, prediction, batch, index)
+    elif "native_mask" in batch and "region" in batch:
         top, left, height, width = batch["region"][index].tolist()
         if prediction.shape == truth.shape:
             prediction = prediction[..., top : top + height, left : left + width]
@@ -102,6 +106,16 @@ def take_picture(outputs: Mapping[str, Any], batch: Mapping[str, Any], index: in
     size = (max(1, round(height * scale)), max(1, round(width * scale)))
     shown = F.interpolate(image[None], size, mode="bilinear", antialias=True)[0]
     return Picture(shown.cpu().numpy(), _shrink_mask(truth, size), _shrink_mask(prediction, size))
+
+
+def _planes(image: Tensor, prediction: Tensor, batch: Mapping[str, Any], index: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Three orthogonal planes of image, truth and prediction."""
+    truth = batch["mask"][index].detach()
+    if "native_affine" in batch:
+        prediction = move(prediction, batch["native_affine"][index], batch["affine"][index], truth.shape[1:])
+    spacing = batch["spacing"][index].tolist() if "spacing" in batch else None
+    image, truth, prediction = orthogonal([image, truth, prediction], truth, spacing)
+    return image, truth, prediction
 
 
 def _shrink_mask(mask: Tensor, size: tuple[int, int]) -> NDArray[np.uint8]:

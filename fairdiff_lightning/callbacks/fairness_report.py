@@ -78,7 +78,7 @@ class FairnessReport(Callback):
         self.output_dir, self.num_worst, self.title = output_dir, num_worst, title
         self.num_resamples, self.confidence, self.seed = num_resamples, confidence, seed
         self._cases: dict[str, Case] = {}
-        self._pictures: dict[str, Picture | None] = {}
+        self._pictures: dict[str, Picture] = {}
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget an earlier test."""
@@ -136,7 +136,7 @@ class FairnessReport(Callback):
         pl_module: LightningModule,
         log_dir: Path,
         cases: Mapping[str, Case],
-        pictures: Mapping[str, Picture | None],
+        pictures: Mapping[str, Picture],
     ) -> Report:
         datamodule: Any = getattr(trainer, "datamodule", None)
         ordered = [cases[name] for name in sorted(cases)]

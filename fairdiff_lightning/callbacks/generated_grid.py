@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from fairdiff_lightning.callbacks.figures import class_colours, log_figure, picture_grid
+from fairdiff_lightning.callbacks.slices import flat
 from fairdiff_lightning.callbacks.step_outputs import require_keys
 
 _OUTPUTS = {"generated": "a batch of generated samples for the first samples of the batch, or None"}
@@ -19,7 +20,7 @@ class GeneratedGrid(Callback):
     Works with any LightningModule whose ``validation_step`` returns a dict with ``generated``: None, or ``image``
     (N, C, H, W) in [0, 1] and ``mask`` (N, 1, H, W), or one of them, made for the first N samples of the batch. Masks
     that are the batch's own, as image generators follow them, are shown once. Columns are named after the group of
-    ``pl_module.attribute``.
+    ``pl_module.attribute``. Of volumes the slice is shown that has most of the mask, always with the mask.
 
     Args:
         num_samples: columns of the grid, at most.
@@ -46,13 +47,15 @@ class GeneratedGrid(Callback):
         if made is None:
             return
         count = min(self.num_samples, len(made["id"]))
-        rows = {}
+        rows: dict[str, list[Any]] = {}
         asked_for = "mask" in made and torch.equal(made["mask"][:count], batch["mask"][:count])
         for label, samples in (("real", batch), ("generated", made)):
+            masks = (samples if "mask" in samples else batch)["mask"][:count].cpu()
             if "image" in made:
-                rows[label] = [image.detach().float().cpu() for image in samples["image"][:count]]
+                pairs = zip(samples["image"][:count].detach().float().cpu(), masks, strict=True)
+                rows[label] = [flat(image, mask) for image, mask in pairs]
             if "mask" in made and (label == "real" or not asked_for):
-                rows[f"{label} mask"] = [class_colours(mask.cpu()) for mask in samples["mask"][:count]]
+                rows[f"{label} mask"] = [class_colours(flat(mask, mask)) for mask in masks]
         log_figure(
             trainer, "val/generated", picture_grid(rows, _titles(trainer, pl_module, batch, count)), trainer.global_step
         )

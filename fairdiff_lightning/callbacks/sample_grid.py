@@ -46,12 +46,10 @@ class SampleGrid(Callback):
             return
         outputs = require_keys(outputs, _OUTPUTS, f"{type(pl_module).__name__}.validation_step", self)
         batch = require_keys(batch, _BATCH, "the validation batch", self)
-        pictures = [take_picture(outputs, batch, index) for index in range(min(self.num_samples, len(batch["image"])))]
-        shown = [picture for picture in pictures if picture is not None]
-        if shown:
-            figure = sample_grid(
-                [picture.image for picture in shown],
-                [picture.truth for picture in shown],
-                [picture.prediction for picture in shown],
-            )
-            log_figure(trainer, "val/samples", figure, trainer.global_step)
+        shown = [take_picture(outputs, batch, index) for index in range(min(self.num_samples, len(batch["image"])))]
+        figure = sample_grid(
+            [picture.image for picture in shown],
+            [picture.truth for picture in shown],
+            [picture.prediction for picture in shown],
+        )
+        log_figure(trainer, "val/samples", figure, trainer.global_step)

@@ -163,7 +163,8 @@ def _asked(request: Request) -> dict[str, str]:
     """What a sample must have been made from to be the one that is asked for."""
     condition = request.condition
     followed = (condition.id, condition.digest) if condition is not None else ("", "")
-    return {"seed": str(request.seed), "condition": followed[0], "condition_digest": followed[1]}
+    asked = {"seed": str(request.seed), "condition": followed[0], "condition_digest": followed[1]}
+    return asked | ({"source": request.source} if request.background is not None else {})
 
 
 def _provenance(trainer: Trainer, module: LightningModule) -> dict[str, str]:

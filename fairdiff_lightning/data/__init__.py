@@ -1,16 +1,24 @@
 """Data sets in their owners' layouts, the sample contract, and the data modules that feed any LightningModule."""
 
-from fairdiff_lightning.data.augmentation import RandomRotateFlip
+from fairdiff_lightning.data.augmentation import RandomMirror, RandomRotateFlip
 from fairdiff_lightning.data.bcs_dbt import BCSDBT, BCSDBTDataModule
+from fairdiff_lightning.data.classical_augmentation import ClassicalAugmentation
 from fairdiff_lightning.data.dataset import SegmentationDataset
 from fairdiff_lightning.data.dbt import DBT, DBTDataModule
-from fairdiff_lightning.data.emidec import Emidec
+from fairdiff_lightning.data.decathlon import Decathlon, DecathlonDataModule
+from fairdiff_lightning.data.edges import CannyEdges, EdgeCache, EdgeReader, ScharrEdges, edges_of, label_contour
+from fairdiff_lightning.data.emidec import Emidec, EmidecDataModule
 from fairdiff_lightning.data.errors import DatasetNotFoundError, InvalidSampleError
 from fairdiff_lightning.data.fairseg import FairSeg, FairSegDataModule
+from fairdiff_lightning.data.folds import case_folds, cross_fold_summary, fold_records
+from fairdiff_lightning.data.frames import PictureFrame, VolumeFrame
 from fairdiff_lightning.data.ham10000 import HAM10000, HAM10000DataModule
-from fairdiff_lightning.data.lidc import LIDC
+from fairdiff_lightning.data.lidc import LIDC, LIDCDataModule
 from fairdiff_lightning.data.mixing import equal_scale
 from fairdiff_lightning.data.native import NativeDataset, Record
+from fairdiff_lightning.data.native_module import NativeDataModule
+from fairdiff_lightning.data.patch_merge import PartnerIndex, PatchMerge, joint_minmax, merge_partners
+from fairdiff_lightning.data.prostate import Prostate, ProstateDataModule
 from fairdiff_lightning.data.requests import GenerationPlan, Request
 from fairdiff_lightning.data.rois import ROI, candidate_places, extract_rois, lung_mask, paste_roi
 from fairdiff_lightning.data.sample import AttributeSpec, Sample, SampleError, collate, validate
@@ -18,6 +26,7 @@ from fairdiff_lightning.data.samplers import GroupBalancedSampler
 from fairdiff_lightning.data.segmentation import SegmentationDataModule
 from fairdiff_lightning.data.splits import split_units
 from fairdiff_lightning.data.volume_dataset import VolumeDataset
+from fairdiff_lightning.data.volume_module import VolumeDataModule
 from fairdiff_lightning.data.volumes import Volume, Window, crop_or_pad, read_volume, write_volume
 
 __all__ = [
@@ -28,32 +37,57 @@ __all__ = [
     "ROI",
     "AttributeSpec",
     "BCSDBTDataModule",
+    "CannyEdges",
+    "ClassicalAugmentation",
     "DBTDataModule",
     "DatasetNotFoundError",
+    "Decathlon",
+    "DecathlonDataModule",
+    "EdgeCache",
+    "EdgeReader",
     "Emidec",
+    "EmidecDataModule",
     "FairSeg",
     "FairSegDataModule",
     "GenerationPlan",
     "GroupBalancedSampler",
     "HAM10000DataModule",
     "InvalidSampleError",
+    "LIDCDataModule",
+    "NativeDataModule",
     "NativeDataset",
+    "PartnerIndex",
+    "PatchMerge",
+    "PictureFrame",
+    "Prostate",
+    "ProstateDataModule",
+    "RandomMirror",
     "RandomRotateFlip",
     "Record",
     "Request",
     "Sample",
     "SampleError",
+    "ScharrEdges",
     "SegmentationDataModule",
     "SegmentationDataset",
     "Volume",
+    "VolumeDataModule",
     "VolumeDataset",
+    "VolumeFrame",
     "Window",
     "candidate_places",
+    "case_folds",
     "collate",
     "crop_or_pad",
+    "cross_fold_summary",
+    "edges_of",
     "equal_scale",
     "extract_rois",
+    "fold_records",
+    "joint_minmax",
+    "label_contour",
     "lung_mask",
+    "merge_partners",
     "paste_roi",
     "read_volume",
     "split_units",

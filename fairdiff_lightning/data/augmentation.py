@@ -73,6 +73,44 @@ class RandomRotateFlip(nn.Module):
         return rotation * signs[:, None]
 
 
+class RandomMirror(nn.Module):
+    """Mirrors volumes, each sample its own, and changes their intensities a little.
+
+    Args:
+        axes: along which a volume may be mirrored, 0 for H, 1 for W, 2 for D; of each with probability ``p``.
+        p: probability of each mirroring.
+        intensity: largest relative change of scale, and absolute one of level.
+        p_intensity: probability of a change of scale, and of one of level.
+    """
+
+    def __init__(
+        self, axes: Sequence[int] = (0,), p: float = 0.5, intensity: float = 0.0, p_intensity: float = 0.1
+    ) -> None:
+        super().__init__()
+        self.axes, self.p, self.intensity, self.p_intensity = tuple(axes), p, intensity, p_intensity
+
+    def forward(self, image: Tensor, mask: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """Transform image (B, C, H, W, D) in [0, 1] and mask (B, 1, H, W, D); the image stays in [0, 1].
+
+        Args:
+            image: floating point.
+            mask: class indices.
+            generator: CPU generator of the draws; the global one when None.
+        """
+        chosen = torch.rand(len(self.axes), len(image), generator=generator) < self.p
+        happens = torch.rand(2, len(image), generator=generator) < self.p_intensity
+        change = (torch.rand(2, len(image), generator=generator) * 2 - 1) * self.intensity * happens
+        per_sample = (-1, *[1] * (image.dim() - 1))
+        for axis, mirrored in zip(self.axes, chosen.to(image.device), strict=True):
+            where = mirrored.view(per_sample)
+            image = torch.where(where, image.flip(axis + 2), image)
+            mask = torch.where(where, mask.flip(axis + 2), mask)
+        if self.intensity:
+            scale, level = change.to(image.device, image.dtype)
+            image = (image * (1 + scale.view(per_sample)) + level.view(per_sample)).clamp(0, 1)
+        return image, mask
+
+
 def random_patch(size: Sequence[int], side: int, generator: torch.Generator | None = None) -> tuple[slice, slice]:
     """Rows and columns of a square patch at a random place.
 

@@ -1,4 +1,4 @@
-"""Decoded and resized samples, kept in memory or on disk and shared by all loader processes."""
+"""Decoded and framed samples, kept in memory or on disk and shared by all loader processes."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ import hashlib
 import mmap
 import os
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_warn
 from numpy.typing import NDArray
+
+from fairdiff_lightning.data.native import make_directory_once
 
 Storage = Literal["none", "memory", "disk"]
 Arrays = tuple[NDArray[Any], ...]
@@ -27,9 +30,10 @@ def cache_root() -> Path:
 
 
 def fingerprint(files: Sequence[str | Path], *settings: object) -> str:
-    """Key of the files (path, size, time of change) and of the settings they are read with."""
+    """Key of the files (path, size, time of change), of those in folders, and of the settings they are read with."""
     digest = hashlib.sha256(repr((VERSION, settings)).encode())
-    for file in files:
+    listed = (sorted(Path(file).iterdir()) if os.path.isdir(file) else [file] for file in files)
+    for file in chain.from_iterable(listed):
         stat = os.stat(file)
         digest.update(f"{file}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
     return digest.hexdigest()[:32]
@@ -82,6 +86,47 @@ class ArrayCache:
     def __reduce__(self) -> tuple[type[ArrayCache], tuple[Any, ...]]:
         """A spawned process opens the same files on disk; memory it starts anew."""
         return type(self), self._arguments
+
+
+class FileCache:
+    """Samples of any size, each in a folder of its own, mapped into memory so that a block costs no more than itself.
+
+    Args:
+        folders: of each sample; one that is there is whole.
+    """
+
+    def __init__(self, folders: Sequence[Path]) -> None:
+        self.folders = folders
+
+    def get(self, index: int, decode: Callable[[int], Arrays]) -> Arrays:
+        """The arrays of a sample, decoded and stored at the first call."""
+        folder = self.folders[index]
+        make_directory_once(folder, lambda path: _save(path, decode(index)))
+        files = sorted(folder.glob("*.npy"))
+        return tuple(np.load(file, mmap_mode="r", allow_pickle=False) for file in files)
+
+
+class ProcessCache:
+    """Samples of any size in the memory of each loader process."""
+
+    def __init__(self) -> None:
+        self._samples: dict[int, Arrays] = {}
+
+    def get(self, index: int, decode: Callable[[int], Arrays]) -> Arrays:
+        """The arrays of a sample, decoded at the first call of this process."""
+        if index not in self._samples:
+            self._samples[index] = decode(index)
+        return self._samples[index]
+
+
+def open_file_cache(storage: Storage, keys: Sequence[str]) -> SampleCache:
+    """A cache for samples that differ in size.
+
+    Args:
+        storage: ``memory`` is each process's own; ``disk`` outlives the run and serves sets larger than memory.
+        keys: :func:`fingerprint` of each sample's files and settings.
+    """
+    return ProcessCache() if storage == "memory" else FileCache([cache_root() / "volumes" / key for key in keys])
 
 
 def open_cache(storage: Storage, key: str, length: int, layout: Layout) -> SampleCache:
@@ -139,3 +184,8 @@ class DiskAllocator:
                 temporary.unlink(missing_ok=True)
         with path.open("r+b") as stream:
             return mmap.mmap(stream.fileno(), size)
+
+
+def _save(folder: Path, arrays: Arrays) -> None:
+    for number, array in enumerate(arrays):
+        np.save(folder / f"{number}.npy", array, allow_pickle=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,6 +18,7 @@ from fairdiff_lightning.data.native import Index, Record, visible_files
 from fairdiff_lightning.data.phantoms_3d import left_ventricle
 from fairdiff_lightning.data.sample import UNKNOWN, AttributeSpec
 from fairdiff_lightning.data.volume_dataset import VolumeDataset, group_index
+from fairdiff_lightning.data.volume_module import VolumeDataModule
 from fairdiff_lightning.data.volumes import (
     NIFTI,
     Volume,
@@ -58,6 +59,8 @@ class Emidec(VolumeDataset):
     name: ClassVar[str] = "Emidec"
     classes: ClassVar[tuple[str, ...]] = ("background", "cavity", "myocardium", "infarct", "no-reflow")
     window: ClassVar[Window] = Window(0, 1)
+    lesions: ClassVar[tuple[int, ...]] = (3, 4)
+    flip_axes: ClassVar[tuple[int, ...]] = (1,)
     expected_tree: ClassVar[str] = (
         f"  {IMAGES}/Case_P*.nii.gz, {LABELS}/Case_P*.nii.gz, {NORMAL}/images/Case_N*.nii.gz   (LeFusion), or\n"
         "  Case_*/Images/Case_*.nii.gz, Case_*/Contours/Case_*.nii.gz   (challenge), or\n"
@@ -136,7 +139,7 @@ class Emidec(VolumeDataset):
         return write_nifti(directory / LABELS / f"{_stem(sample_id)}.nii.gz", volume)
 
     def write_phantom(self, root: Path, seed: int) -> None:
-        """Write 20 infarcted hearts, 5 of them of the test set, and 6 normal ones without labels."""
+        """Write 20 infarcted hearts, 5 of them of the test set, and 6 normal ones with the contours of their walls."""
         affine = np.diag([*PHANTOM_SPACING, 1.0])
         train = [name for k in range(1, 100) if (name := f"P{k:03d}") not in TEST_CASES]
         names = [*TEST_CASES[:5], *train[: PHANTOM_CASES - 5]]
@@ -145,7 +148,8 @@ class Emidec(VolumeDataset):
             self.write_volumes(root, f"Case_{name}", Volume(heart.image, affine), Volume(heart.mask, affine))
         for i in range(PHANTOM_NORMAL):
             heart = left_ventricle(np.random.default_rng([seed, PHANTOM_CASES + i]), PHANTOM_SIZE, infarct=False)
-            write_nifti(root / NORMAL / "images" / f"Case_N{i + 1:03d}.nii.gz", Volume(heart.image, affine))
+            for folder, array in (("images", heart.image), ("labels", heart.mask)):
+                write_nifti(root / NORMAL / folder / f"Case_N{i + 1:03d}.nii.gz", Volume(array, affine))
 
     def _record(self, case: str, image: Files, mask: Files) -> Record:
         notes = read_notes(image["image"]) if "image" in image else {}
@@ -163,6 +167,32 @@ class Emidec(VolumeDataset):
             synthetic=synthetic,
             source=notes.get("source"),
         )
+
+
+class EmidecDataModule(VolumeDataModule):
+    """Emidec hearts, for generators of infarcts and for segmentation; LeFusion's test cases where they are there.
+
+    Args:
+        root: folder in one of the layouts; None writes and uses a phantom.
+        attributes: attributes to report and to route by; the first is the one that ``balance`` balances.
+        image_size: height, width and depth of a volume, voxels, cropped or padded about its centre.
+        batch_size: samples in a batch, on each device.
+        num_workers: loader processes.
+        ignore_mask_affine: take the image's affine for its mask too.
+        **kwargs: arguments of :class:`~fairdiff_lightning.data.volume_module.VolumeDataModule`.
+    """
+
+    def __init__(
+        self,
+        root: str | None = None,
+        attributes: Sequence[str] = (),
+        image_size: tuple[int, int, int] | None = (72, 72, 10),
+        batch_size: int = 20,
+        num_workers: int = 0,
+        ignore_mask_affine: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(Emidec(ignore_mask_affine), root, attributes, image_size, batch_size, num_workers, **kwargs)
 
 
 def _layout(root: Path) -> tuple[dict[str, Files], dict[str, Files]]:

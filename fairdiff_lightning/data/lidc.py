@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,6 +18,7 @@ from fairdiff_lightning.data.phantoms import allocate
 from fairdiff_lightning.data.phantoms_3d import TEXTURES, Labelled, lung_roi
 from fairdiff_lightning.data.sample import UNKNOWN, AttributeSpec
 from fairdiff_lightning.data.volume_dataset import VolumeDataset, depth_first, depth_last, group_index
+from fairdiff_lightning.data.volume_module import VolumeDataModule
 from fairdiff_lightning.data.volumes import (
     NIFTI,
     Volume,
@@ -56,6 +57,8 @@ class LIDC(VolumeDataset):
     name: ClassVar[str] = "LIDC"
     classes: ClassVar[tuple[str, ...]] = ("background", "nodule")
     window: ClassVar[Window] = Window(-1000, 400)
+    lesions: ClassVar[tuple[int, ...]] = (1,)
+    axes: ClassVar[tuple[str, str, str]] = ("P", "L", "S")
     expected_tree: ClassVar[str] = (
         f"  {PATHOLOGICAL}/Image/<case>_Vol_<n>.nii.gz    depth first, HU\n"
         f"  {PATHOLOGICAL}/Mask/<case>_Mask_<n>.nii.gz    0 and 1\n"
@@ -221,6 +224,35 @@ class LIDC(VolumeDataset):
     def _write_mask(self, directory: Path, stem: str, mask: Volume) -> Path:
         stored = depth_first(mask.with_array(mask.array.astype(np.uint8)))
         return write_nifti(directory / PATHOLOGICAL / "Mask" / f"{_mask_stem(stem)}.nii.gz", stored)
+
+
+class LIDCDataModule(VolumeDataModule):
+    """LIDC nodules as blocks, for generators of lesions and for segmentation; LeFusion's test set where it is listed.
+
+    Args:
+        root: folder in LeFusion's layout; None writes and uses a phantom.
+        attributes: attributes to report and to route by; the first is the one that ``balance`` balances.
+        image_size: height, width and depth of a block, voxels, cropped or padded with air about its centre.
+        batch_size: samples in a batch, on each device.
+        num_workers: loader processes.
+        hu_offset: HU of what is stored as 0, for files whose offset was never applied.
+        ignore_mask_affine: take the image's affine for its mask too.
+        **kwargs: arguments of :class:`~fairdiff_lightning.data.volume_module.VolumeDataModule`.
+    """
+
+    def __init__(
+        self,
+        root: str | None = None,
+        attributes: Sequence[str] = ("texture",),
+        image_size: tuple[int, int, int] | None = (64, 64, 32),
+        batch_size: int = 20,
+        num_workers: int = 0,
+        hu_offset: float | None = None,
+        ignore_mask_affine: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        dataset = LIDC(hu_offset, ignore_mask_affine)
+        super().__init__(dataset, root, attributes, image_size, batch_size, num_workers, **kwargs)
 
 
 def _nifti(folder: Path, pattern: str = "*") -> dict[str, Path]:

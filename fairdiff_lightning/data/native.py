@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -66,6 +66,8 @@ class NativeDataset(ABC):
     source: ClassVar[str]
     classes: ClassVar[tuple[str, ...]]
     channels: ClassVar[int]
+    ndim: ClassVar[int] = 2
+    """Axes of an image."""
     unit: ClassVar[str] = "patient"
     """What a split must not cut."""
     drawn_over: ClassVar[str | None] = None
@@ -88,7 +90,7 @@ class NativeDataset(ABC):
         """
 
     @abstractmethod
-    def read_arrays(self, record: Record) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    def read_arrays(self, record: Record) -> tuple[NDArray[Any], NDArray[np.uint8]]:
         """Decode a record at its own size: image (H, W) or (H, W, C) and mask (H, W) of class indices.
 
         Raises:

@@ -10,21 +10,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from fairdiff_lightning.data.errors import InvalidSampleError
+from fairdiff_lightning.data.frames import Frame
 from fairdiff_lightning.data.mixing import equal_scale, quotas
-from fairdiff_lightning.data.native import NativeDataset, Record, check_classes
-from fairdiff_lightning.data.resize import Resize, centre_region, crop_to, resize_mask
+from fairdiff_lightning.data.native import NativeDataset, Record
 from fairdiff_lightning.data.sample import UNKNOWN, AttributeSpec, Sample, collate
 from fairdiff_lightning.data.samplers import SequentialShards
 from fairdiff_lightning.data.seeding import derive_seed, generator
 
 MANIFEST = "manifest.csv"
 """The table of what a run wrote, in the folder of the files."""
-TRAINING_MASKS = "train"
+TRAINING, OWN_MASKS, HEALTHY = "train", "own", "healthy"
 
 
 @dataclass(frozen=True)
@@ -36,8 +35,10 @@ class GenerationPlan:
         total: samples over all groups, divided evenly; with ``equal_scale`` the size of the mixed training set instead.
         equal_scale: make what each group lacks for an Equal-Scale set of ``total`` (as many as there are real training
             samples of the balanced groups when None).
-        masks: what image generators condition on: ``train``, the training split's own masks, or a folder that a
-            generator of masks wrote; None for generators that make the masks themselves.
+        masks: what image generators condition on: ``train``, the training split's own masks; a folder that a generator
+            of masks wrote; ``own``, that of the background; None for generators that make the masks themselves.
+        backgrounds: the scans that lesions are put into: ``train``, the training split's own; ``healthy``, those that
+            the data set has without a lesion; a folder of whole scans; None for generators that make the whole image.
         seed: of the plan; each sample's own seed follows from it and the sample's id.
         prefix: first part of the ids.
 
@@ -49,6 +50,7 @@ class GenerationPlan:
     total: int | None = None
     equal_scale: bool = False
     masks: str | None = None
+    backgrounds: str | None = None
     seed: int = 0
     prefix: str = "synthetic"
 
@@ -58,6 +60,8 @@ class GenerationPlan:
                 f"generate: per_group={self.per_group}, total={self.total}, equal_scale={self.equal_scale}; give "
                 "per_group, or total, or equal_scale with or without total."
             )
+        if self.masks == OWN_MASKS and self.backgrounds is None:
+            raise ValueError("generate: masks='own' are those of backgrounds; say which `backgrounds`.")
         for name, count in (("per_group", self.per_group), ("total", self.total)):
             if count is not None and count < 1:
                 raise ValueError(f"generate: {name}={count}; ask for 1 sample or more, or give no plan at all.")
@@ -85,19 +89,22 @@ class Request:
         seed: in [0, 2**63).
         group: index of its group, -1 when unknown.
         condition: the record whose mask it follows.
+        background: the record whose image the lesion is put into.
     """
 
     id: str
     seed: int
     group: int
     condition: Record | None = None
+    background: Record | None = None
 
     @property
     def source(self) -> str:
-        """Id of the real case behind the condition; empty when there is none."""
-        if self.condition is None:
+        """Id of the real case behind the background, or else behind the mask; empty when there is none."""
+        behind = self.background or self.condition
+        if behind is None:
             return ""
-        return self.condition.source or ("" if self.condition.synthetic else self.condition.id)
+        return behind.source or ("" if behind.synthetic else behind.id)
 
 
 def make_requests(
@@ -106,6 +113,7 @@ def make_requests(
     real: Mapping[int, int],
     masks: Sequence[Record] | None,
     attribute: str | None,
+    backgrounds: Sequence[Record] | None = None,
 ) -> list[Request]:
     """Turn a plan into requests; the k-th sample of a group is the same whatever the plan's size.
 
@@ -118,50 +126,46 @@ def make_requests(
         real: index -> number of real training samples.
         masks: records to condition on; each mask of a group is used once before any is used again.
         attribute: whose groups these are; None when there is one group without a name.
+        backgrounds: records whose images lesions are put into, used in turn as masks are; a mask that was made for one
+            of them goes into that one. Without ``masks`` each is followed by its own.
 
     Raises:
-        ValueError: when a group lacks masks to condition on, naming it; for ``equal_scale`` without an attribute.
+        ValueError: when a group lacks masks or backgrounds, naming it; for ``equal_scale`` without an attribute.
     """
     if plan.equal_scale and attribute is None:
         raise ValueError("generate: equal_scale without attributes: name the one to balance, or give total alone.")
     counts = plan.counts({name: real[index] for index, name in groups.items()})
     requests = []
     for index, name in groups.items():
-        pool = [m for m in masks or () if attribute is None or m.attributes[attribute] == index]
-        if masks is not None and not pool and counts[name]:
-            raise ValueError(
-                f"generate: no mask of '{attribute}' {name} in '{plan.masks}', but {counts[name]} samples of it are "
-                "asked for. Generate masks of that group first, or leave the group out with `groups`."
-            )
-        conditions = _in_rounds(pool, counts[name], plan.seed, name) if pool else [None] * counts[name]
-        for k, condition in enumerate(conditions):
+        conditions = _chosen("mask", plan.masks, masks, counts[name], plan.seed, name, attribute, index)
+        scans = _chosen("background", plan.backgrounds, backgrounds, counts[name], plan.seed, name, attribute, index)
+        made_for = {scan.id: scan for scan in backgrounds or ()}
+        for k, (condition, scan) in enumerate(zip(conditions, scans, strict=True)):
             sample_id = f"{plan.prefix}_{_slug(name)}_{k:05d}"
-            requests.append(Request(sample_id, derive_seed(plan.seed, sample_id), index, condition))
+            background = made_for.get(condition.source or "", scan) if condition else scan
+            follow = background if plan.masks == OWN_MASKS else condition
+            requests.append(Request(sample_id, derive_seed(plan.seed, sample_id), index, follow, background))
     return requests
+
+
+RequestReader = Callable[[Request], Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
 class MaskReader:
-    """Reads the mask that a generator follows, cropped and resized as training sees it.
+    """Reads the mask that a generator follows, framed as training sees it.
 
     Args:
         dataset: reads the file.
-        crop: side of the centre crop, pixels.
-        size: height and width of the mask that is given, pixels; None keeps the crop as it is.
-        resize: see :func:`~fairdiff_lightning.data.resize.resize_mask`.
+        frame: what part of it is given.
     """
 
     dataset: NativeDataset
-    crop: int | None
-    size: tuple[int, int] | None
-    resize: Resize
+    frame: Frame
 
-    def __call__(self, record: Record) -> dict[str, torch.Tensor]:
-        """``mask``, int64 (1, H, W) class indices."""
-        mask = self.dataset.read_mask(record)
-        check_classes(mask, len(self.dataset.classes), str(record.files))
-        cropped = crop_to(mask, centre_region(mask.shape, self.crop))
-        return {"mask": torch.from_numpy(resize_mask(cropped, self.size, self.resize).astype(np.int64))[None]}
+    def __call__(self, request: Request) -> Mapping[str, Any]:
+        """``mask``, int64 (1, H, W[, D]) class indices, and its place; nothing where none is followed."""
+        return {} if request.condition is None else self.frame.condition(self.dataset, request.condition)
 
 
 class RequestBatches(Dataset[Sample]):
@@ -171,7 +175,7 @@ class RequestBatches(Dataset[Sample]):
         requests: of the whole plan.
         batch_size: requests in a batch.
         attributes: attributes of the data; the first is the one that the groups belong to, the others are unknown.
-        read: gives what a generator conditions on, ``mask`` (1, H, W).
+        read: gives what a generator conditions on, ``mask`` (1, H, W) for example.
         done: ids that exist already; a batch is left out when all of its ids do.
     """
 
@@ -180,7 +184,7 @@ class RequestBatches(Dataset[Sample]):
         requests: Sequence[Request],
         batch_size: int,
         attributes: Sequence[str],
-        read: Callable[[Record], Mapping[str, Any]],
+        read: RequestReader,
         done: Iterable[str] = (),
     ) -> None:
         done = frozenset(done)
@@ -205,10 +209,10 @@ class RequestBatches(Dataset[Sample]):
             "seed": torch.tensor(request.seed),
             "attributes": {a: torch.tensor(g) for a, g in zip(self.attributes, groups, strict=False)},
         }
-        if request.condition is None:
+        if request.condition is None and request.background is None:
             return asked
-        condition = request.condition
-        return cast(Sample, {**asked, **self.read(condition), "condition": condition.id, "source": request.source})
+        followed = {"source": request.source} | ({"condition": request.condition.id} if request.condition else {})
+        return cast(Sample, {**asked, **self.read(request), **followed})
 
 
 def read_masks(folder: Path, specs: Sequence[AttributeSpec]) -> list[Record]:
@@ -251,17 +255,40 @@ def condition_masks(
     Raises:
         InvalidSampleError: when the plan's folder holds no table of masks.
     """
-    if plan.masks is None:
+    if plan.masks in (None, OWN_MASKS):
         return None
-    return list(training) if plan.masks == TRAINING_MASKS else read_masks(Path(plan.masks), specs)
+    return list(training) if plan.masks == TRAINING else read_masks(Path(str(plan.masks)), specs)
 
 
-def _in_rounds(pool: Sequence[Record], count: int, seed: int, group: str) -> list[Record]:
-    """The masks that a group's samples follow; none is followed twice before all were."""
-    if all(mask.synthetic for mask in pool):
+def _chosen(
+    kind: str,
+    place: str | None,
+    records: Sequence[Record] | None,
+    count: int,
+    seed: int,
+    group: str,
+    attribute: str | None,
+    index: int,
+) -> Sequence[Record | None]:
+    """The records of one group that its samples follow, or nothing for each; healthy scans are of no group."""
+    if records is None:
+        return [None] * count
+    healthy = kind == "background" and place != TRAINING
+    pool = [r for r in records if healthy or attribute is None or r.attributes[attribute] == index]
+    if not pool and count:
+        raise ValueError(
+            f"generate: no {kind} of '{attribute}' {group} in '{place}', but {count} samples of it are asked for. "
+            "Generate masks of that group first, or leave the group out with `groups`."
+        )
+    return _in_rounds(pool, count, (seed, f"{kind}s", group)) if pool else []
+
+
+def _in_rounds(pool: Sequence[Record], count: int, names: tuple[int, str, str]) -> list[Record]:
+    """The records that a group's samples follow; none is followed twice before all were."""
+    if all(record.synthetic for record in pool):
         return [pool[k % len(pool)] for k in range(count)]
     rounds = range(-(-count // len(pool)))
-    orders = [torch.randperm(len(pool), generator=generator(seed, "masks", group, turn)).tolist() for turn in rounds]
+    orders = [torch.randperm(len(pool), generator=generator(*names, turn)).tolist() for turn in rounds]
     return [pool[i] for order in orders for i in order][:count]
 
 

@@ -22,9 +22,10 @@ class Sample(TypedDict, total=False):
         mask: int64 (1, H, W[, D]) class indices.
         attributes: name -> int64 scalar group index, -1 when unknown.
         id: unique within the data set.
-        native_mask: int64 (1, H0, W0), the mask at the file's own size, when it is asked for.
+        native_mask: int64 (1, H0, W0[, D0]), the mask at the file's own size, when it is asked for.
         region: int64 (4,), top, left, height and width of what ``image`` shows, in pixels of the file.
-        native_size: int64 (2,), height and width of the file.
+        native_size: int64 (2,) or (3,), height, width and depth of the file.
+        native_affine: float64 (4, 4) voxel to patient coordinates of the file, mm.
         points: float32 (N, 3) outline points (row, col, z).
         edge: float32 (1, H, W) in [0, 1].
         prompt: text that describes the image.
@@ -43,6 +44,7 @@ class Sample(TypedDict, total=False):
     native_mask: Any
     region: Tensor
     native_size: Tensor
+    native_affine: Tensor
     points: Tensor
     edge: Tensor
     prompt: Any

@@ -1,55 +1,24 @@
-"""The data module that every segmentation data set shares: splits, filters, mixing, samplers, caching, loaders."""
+"""The data module of pictures: centre crop, resize, patches, rotations and flips."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, Literal, cast
+from collections.abc import Sequence
+from typing import Any
 
-import numpy as np
 import torch
-from lightning.pytorch import LightningDataModule
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from numpy.typing import NDArray
-from torch.utils.data import DataLoader, DistributedSampler
 
 from fairdiff_lightning.data.augmentation import RandomRotateFlip, random_patch
 from fairdiff_lightning.data.cache import Storage
 from fairdiff_lightning.data.dataset import SegmentationDataset
-from fairdiff_lightning.data.mixing import Balance, mix
-from fairdiff_lightning.data.native import Index, NativeDataset, Record, make_directory_once
-from fairdiff_lightning.data.phantoms import phantom_folder
-from fairdiff_lightning.data.requests import (
-    GenerationPlan,
-    MaskReader,
-    Request,
-    RequestBatches,
-    condition_masks,
-    make_requests,
-)
+from fairdiff_lightning.data.frames import PictureFrame
+from fairdiff_lightning.data.native import NativeDataset, Record
+from fairdiff_lightning.data.native_module import NativeDataModule
 from fairdiff_lightning.data.resize import Resize
-from fairdiff_lightning.data.sample import UNKNOWN, Sample, collate, validate
-from fairdiff_lightning.data.samplers import GroupBalancedSampler, SequentialShards
-from fairdiff_lightning.data.seeding import derive_seed, generator
-from fairdiff_lightning.data.selection import GroupFilter, find_attribute, select
-from fairdiff_lightning.data.splits import (
-    HELD_OUT,
-    Splits,
-    as_synthetic,
-    check_disjoint,
-    count_groups,
-    held_out_keys,
-    refuse_leaks,
-    split_records,
-    write_split_table,
-)
-
-Sampler = Literal["shuffle", "group_balanced"]
+from fairdiff_lightning.data.sample import Sample
 
 
-class SegmentationDataModule(LightningDataModule):
-    """Splits, mixes, caches and loads a native data set; subclasses add its constants and defaults.
+class SegmentationDataModule(NativeDataModule):
+    """Splits, mixes, caches and loads a native data set of pictures; subclasses add its constants and defaults.
 
     Args:
         dataset: reads and writes the files.
@@ -60,30 +29,15 @@ class SegmentationDataModule(LightningDataModule):
         num_workers: loader processes.
         crop: side of the centre crop that is taken first, pixels.
         resize: ``area`` (no aliasing, stays in [0, 1]) or ``zoom``, the reference's cubic spline.
-        fractions: shares of train, val and test among the patients or lesions.
-        split_seed: seed of the split.
-        groups: attribute -> names of the groups to keep in all splits; a filter moves no case to another split.
-        drop_unknown: leave out samples of which one of ``attributes`` is unknown.
-        synthetic: folders of generated samples in the same layout, for training only.
-        balance: how real and synthetic samples are mixed, see :func:`~fairdiff_lightning.data.mixing.mix`.
-        total: size of the balanced training set.
-        balance_unknown: balance the samples of unknown group too, as one group more.
         num_points: outline points of the mask that every sample carries, for generators of masks; without augmentation
             and patches, which would move the mask and not them.
-        generate: what ``predict`` asks a generator for; None predicts the test split.
-        sampler: ``group_balanced`` shows every group equally often in each epoch, also under DDP.
-        cache: keep decoded and resized samples in ``memory`` (shared by the loader's processes), on ``disk``, or not.
         patch_size: side of the random patch, the same place for a whole batch, that training sees, pixels; for networks
             that predict larger images by sliding windows.
         augment: random rotations and flips of the training batch, on its device.
-        evaluate_at: ``native`` also yields the mask at the file's own size in val and test, for metrics there.
-        on_error: ``skip`` reads every file once in ``setup`` and leaves out, counts and reports what cannot be read.
-        check: validate every batch against the sample contract; slow, for debugging.
-        seed: of sampling, mixing and augmentation; that of ``seed_everything`` when None.
-
-    Raises:
-        DatasetNotFoundError: in ``prepare_data``, when the tree is missing or another one.
+        **kwargs: arguments of :class:`~fairdiff_lightning.data.native_module.NativeDataModule`.
     """
+
+    frame: PictureFrame
 
     def __init__(
         self,
@@ -95,277 +49,42 @@ class SegmentationDataModule(LightningDataModule):
         num_workers: int = 0,
         crop: int | None = None,
         resize: Resize = "area",
-        fractions: tuple[float, float, float] = (0.8, 0.1, 0.1),
-        split_seed: int = 0,
-        groups: Mapping[str, Sequence[str]] | None = None,
-        drop_unknown: bool = False,
-        synthetic: Sequence[str] = (),
-        balance: Balance = "none",
-        total: int | None = None,
-        balance_unknown: bool = False,
         num_points: int | None = None,
-        generate: GenerationPlan | None = None,
-        sampler: Sampler = "shuffle",
-        cache: Storage = "memory",
         patch_size: int | None = None,
         augment: bool = True,
-        evaluate_at: Literal["input", "native"] = "input",
-        on_error: Literal["raise", "skip"] = "raise",
-        check: bool = False,
-        seed: int | None = None,
+        **kwargs: Any,
     ) -> None:
-        super().__init__()
-        self.dataset, self.root = dataset, root
-        self.attribute_specs = [find_attribute(dataset, name) for name in attributes]
-        self.wanted = GroupFilter.of(dataset, groups or {}, attributes if drop_unknown else ())
-        if (balance != "none" or sampler == "group_balanced") and not self.attribute_specs:
-            raise ValueError(f"balance={balance!r}, sampler={sampler!r} without attributes: name the one to balance.")
         if num_points is not None and patch_size is not None:
             raise ValueError(f"num_points={num_points} with patch_size={patch_size}: outlines are of whole masks.")
-        self.image_size = (image_size, image_size) if isinstance(image_size, int) else image_size
-        self.batch_size, self.num_workers, self.crop, self.resize = batch_size, num_workers, crop, resize
-        self.fractions, self.split_seed = fractions, split_seed
-        self.synthetic, self.balance, self.total, self.sampler = list(synthetic), balance, total, sampler
-        self.cache, self.evaluate_at, self.on_error, self.check = cache, evaluate_at, on_error, check
-        self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
-        self.patch_size, self.augmentation = patch_size, RandomRotateFlip() if augment else None
-        self.balance_unknown, self.num_points, self.generate = balance_unknown, num_points, generate
-        if num_points is not None:
-            self.augmentation = None  # it moves pixels, not points
-        self.allow_zero_length_dataloader_with_multiple_devices = generate is not None  # few requests may be left
-        self.splits: Splits = {}
-        self._real: list[Record] = []
-        self._held_out: frozenset[str] = frozenset()
-        self._existing: Callable[[], Iterable[str]] = tuple
-        self._datasets: dict[str, SegmentationDataset] = {}
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """Names of the classes, background first."""
-        return self.dataset.classes
-
-    @property
-    def num_classes(self) -> int:
-        """Number of classes, the background included."""
-        return len(self.dataset.classes)
-
-    @property
-    def in_channels(self) -> int:
-        """Channels of the image."""
-        return self.dataset.channels
+        size = (image_size, image_size) if isinstance(image_size, int) else image_size
+        moved = augment and num_points is None  # it moves pixels, not points
+        super().__init__(
+            dataset,
+            PictureFrame(size, crop, resize),
+            root,
+            attributes,
+            batch_size,
+            num_workers,
+            augmentation=RandomRotateFlip() if moved else None,
+            **kwargs,
+        )
+        self.num_points, self.patch_size = num_points, patch_size
 
     @property
     def intensity_range(self) -> tuple[float, float]:
         """Smallest and largest value of the image; the reference's cubic spline leaves [0, 1] a little."""
-        return (0.0, 1.0) if self.resize == "area" else (-0.5, 1.5)
+        return (0.0, 1.0) if self.frame.resize == "area" else (-0.5, 1.5)
 
-    @property
-    def attribute_groups(self) -> dict[str, list[str]]:
-        """Attribute -> names of its groups, in the order of their indices."""
-        return {spec.name: list(spec.groups) for spec in self.attribute_specs}
-
-    @property
-    def num_groups(self) -> dict[str, int]:
-        """Attribute -> number of its groups."""
-        return {spec.name: len(spec) for spec in self.attribute_specs}
-
-    @property
-    def group_counts(self) -> dict[str, list[int]]:
-        """Attribute -> training samples of each group."""
-        train = self.splits.get("train", [])
-        return {
-            s.name: [sum(r.attributes[s.name] == g for r in train) for g in range(len(s))] for s in self.attribute_specs
-        }
-
-    def counts(self) -> dict[str, dict[str, dict[str, int]]]:
-        """Split -> attribute -> group name -> number of samples, unknown ones included."""
-        return count_groups(self.splits, self.attribute_specs)
-
-    def prepare_data(self) -> None:
-        """Write the phantom when there is no root, and check that the tree is the expected one."""
-        if self.root is None:
-            rank_zero_info(f"root is empty: the {self.dataset.name} phantom in '{self.folder}' is used.")
-            make_directory_once(self.folder, lambda path: self.dataset.write_phantom(path, seed=0))
-        for folder in (self.folder, *map(Path, self.synthetic)):
-            if not folder.is_dir():
-                raise self.dataset.not_found(folder, "no such folder")
-
-    @property
-    def folder(self) -> Path:
-        """The folder that is read: the root, or the phantom's."""
-        return Path(self.root) if self.root is not None else phantom_folder(self.dataset.name)
-
-    def setup(self, stage: str | None = None) -> None:
-        """Index, split, filter, mix and check; a second call does nothing."""
-        if self.splits:
-            return
-        index = self.dataset.index(self.folder)
-        real = [record for record in index.records if not record.synthetic]
-        whole = split_records(real, self.fractions, self.split_seed, self.dataset.drawn_over)
-        self._held_out = held_out_keys(whole, self.dataset.case_key)
-        made = [record for record in index.records if record.synthetic]
-        splits = self._select(self.folder, index, {**whole, "made": made})
-        made, self._real = splits.pop("made"), splits["train"]
-        splits["train"] = self._training_set(made)
-        check_disjoint(splits)
-        self.splits = splits
-        self._report()
-
-    def on_before_batch_transfer(self, batch: Sample, dataloader_idx: int) -> Sample:
-        """Check the batch against the contract when asked to."""
-        if self.check:
-            validate(
-                batch,
-                num_classes=self.num_classes,
-                attributes=self.attribute_specs,
-                intensity_range=self.intensity_range,
-                batched=True,
-            )
-        return batch
-
-    def on_after_batch_transfer(self, batch: Sample, dataloader_idx: int) -> Sample:
-        """Cut a patch of a training batch and augment it, on its device and from a seed of its own."""
-        trainer = self.trainer
-        if trainer is None or not trainer.training:
-            return batch
-        draws = generator(self.seed, "augment", trainer.fit_loop.total_batch_idx, trainer.global_rank)
+    def augment(self, batch: Sample, draws: torch.Generator) -> Sample:
+        """Cut a patch, then rotate and flip."""
         if self.patch_size is not None:
             rows, columns = random_patch(batch["image"].shape[-2:], self.patch_size, draws)
             batch["image"], batch["mask"] = (batch[key][..., rows, columns] for key in ("image", "mask"))
-        if self.augmentation is not None:
-            batch["image"], batch["mask"] = self.augmentation(batch["image"], batch["mask"], draws)
-        return batch
+        return super().augment(batch, draws)
 
-    def train_dataloader(self) -> DataLoader[Sample]:
-        """Shuffled, or balanced by the first attribute."""
-        data = self._data("train")
-        replicas, rank = self._ranks()
-        sampler: DistributedSampler[Any] = (
-            GroupBalancedSampler(data.groups(self.attribute_specs[0].name), self.seed, replicas, rank)
-            if self.sampler == "group_balanced"
-            else DistributedSampler(data, replicas, rank, shuffle=True, seed=self.seed)
-        )
-        return self._loader(data, sampler)
-
-    def val_dataloader(self) -> DataLoader[Sample]:
-        """In order; under DDP padded so that every rank makes as many steps, as the wrapped network needs."""
-        replicas, rank = self._ranks()
-        data = self._data("val")
-        return self._loader(data, DistributedSampler(data, replicas, rank, shuffle=False))
-
-    def test_dataloader(self) -> DataLoader[Sample]:
-        """In order, every sample exactly once over all devices."""
-        data = self._data("test")
-        return self._loader(data, SequentialShards(data, *self._ranks()))
-
-    def predict_dataloader(self) -> DataLoader[Sample]:
-        """The requests of ``generate``, or the test split with the files' own sizes, to write predictions at these."""
-        if self.generate is not None:
-            reader = MaskReader(self.dataset, self.crop, self.image_size, self.resize)
-            names, done = list(self.attribute_groups), self._existing()
-            batches = RequestBatches(self.requests(), self.batch_size, names, reader, done)
-            return batches.loader(self.num_workers, *self._ranks())
-        data = self._data("predict")
-        return self._loader(data, SequentialShards(data, *self._ranks()))
-
-    def requests(self) -> list[Request]:
-        """What ``generate`` asks for, all of it.
-
-        Raises:
-            ValueError: without a plan; when a group has no mask to condition on, or one is derived from a held-out
-                case; for ``equal_scale`` without attributes.
-        """
-        if self.generate is None:
-            raise ValueError("nothing to generate: give the data module generate=GenerationPlan(...).")
-        groups = self._balanced_groups() if self.attribute_specs else {0: "sample"}
-        attribute = self.attribute_specs[0].name if self.attribute_specs else None
-        counts = {g: sum(attribute is None or r.attributes[attribute] == g for r in self._real) for g in groups}
-        masks = condition_masks(self.generate, self._real, self.attribute_specs)
-        refuse_leaks(masks or (), self._held_out, self.dataset.case_key)
-        return make_requests(self.generate, groups, counts, masks, attribute)
-
-    def skip_requests(self, existing: Callable[[], Iterable[str]]) -> None:
-        """Leave out of the predict loader what exists already; asked when the loader is made."""
-        self._existing = existing
-
-    def write_mask(self, directory: Path, sample_id: str, mask: torch.Tensor | NDArray[np.uint8]) -> Path:
-        """Store a predicted mask (1, H, W) or (H, W) of class indices in the data set's own format."""
-        array = np.asarray(mask, dtype=np.uint8).reshape(mask.shape[-2:])
-        return self.dataset.write_mask(Path(directory), sample_id, array)
-
-    def write_sample(self, directory: Path, sample: Mapping[str, Any]) -> Path:
-        """Store a generated sample in the data set's own layout; one without an image as a mask."""
-        if "image" in sample:
-            return self.dataset.write(Path(directory), cast(Sample, sample))
-        return self.write_mask(directory, sample["id"], sample["mask"])
-
-    def write_splits(self, path: Path) -> None:
-        """Write the split as a table: id, unit, split, synthetic, and the group of every attribute."""
-        write_split_table(path, self.splits, self.dataset.unit, list(self.attribute_groups))
-
-    def _select(self, folder: Path, index: Index, parts: Splits) -> Splits:
-        decode = self._dataset([]).decode if self.on_error == "skip" else None
-        return select(parts, index, self.wanted, decode, f"{self.dataset.name} under '{folder}'")
-
-    def _training_set(self, made: Sequence[Record]) -> list[Record]:
-        for folder in map(Path, self.synthetic):
-            index = self.dataset.index(folder)
-            found = self._select(folder, index, {"made": index.records})
-            made = [*made, *(as_synthetic(record, folder) for record in found["made"])]
-        refuse_leaks(made, self._held_out, self.dataset.case_key)
-        attribute, names = (self.attribute_specs[0].name, self._balanced_groups()) if self.attribute_specs else ("", {})
-        seed = derive_seed(self.seed, "mix") % 2**32
-        return mix(self._real, made, self.balance, attribute, names, self.total, seed)
-
-    def _balanced_groups(self) -> dict[int, str]:
-        """Index -> name of the first attribute's groups that the filters keep."""
-        unknown = {UNKNOWN: "unknown"} if self.balance_unknown else {}
-        return self.wanted.kept(self.attribute_specs[0]) | unknown
-
-    def _report(self) -> None:
-        sizes = ", ".join(f"{part} {len(records)}" for part, records in self.splits.items())
-        rank_zero_info(f"{self.dataset.name} under '{self.folder}': {sizes}.")
-        for spec in self.attribute_specs:
-            absent = [name for g, name in self.wanted.kept(spec).items() if not self.group_counts[spec.name][g]]
-            if absent:
-                rank_zero_warn(
-                    f"No training sample of '{spec.name}' {', '.join(absent)}: that group cannot be learned."
-                )
-        trainer = self.trainer
-        log_dir = trainer.log_dir if trainer is not None and trainer.loggers else None  # asks all processes
-        if trainer is not None and log_dir and trainer.is_global_zero:
-            self.write_splits(Path(log_dir) / "splits.csv")
-
-    def _data(self, part: str) -> SegmentationDataset:
-        if part not in self._datasets:
-            records = self.splits["test" if part == "predict" else part]
-            processes = self._ranks()[0]
-            if len(records) < processes:
-                raise ValueError(
-                    f"the {part} split of '{self.folder}' has {len(records)} samples for {processes} processes: "
-                    f"fractions {self.fractions} and filters leave no more. Change them, or give more data."
-                )
-            native = part == "predict" or (part in HELD_OUT and self.evaluate_at == "native")
-            self._datasets[part] = self._dataset(records, native, self.cache)
-        return self._datasets[part]
-
-    def _dataset(
-        self, records: Sequence[Record], native_mask: bool = False, cache: Storage = "none"
+    def make_dataset(
+        self, records: Sequence[Record], native_mask: bool = False, cache: Storage = "none", training: bool = False
     ) -> SegmentationDataset:
-        frame, names = (self.image_size, self.crop, self.resize), list(self.attribute_groups)
-        return SegmentationDataset(self.dataset, records, names, *frame, native_mask, cache, self.num_points)
-
-    def _ranks(self) -> tuple[int, int]:
-        return (self.trainer.world_size, self.trainer.global_rank) if self.trainer is not None else (1, 0)
-
-    def _loader(self, data: SegmentationDataset, sampler: DistributedSampler[Any]) -> DataLoader[Sample]:
-        return DataLoader(
-            dataset=data,
-            batch_size=self.batch_size,
-            sampler=sampler,
-            num_workers=self.num_workers,
-            collate_fn=cast(Any, collate),
-            pin_memory=torch.cuda.is_available(),
-            persistent_workers=self.num_workers > 0,
-            generator=generator(self.seed, "loader"),
-        )
+        """Records as samples, with the outlines that are asked for."""
+        names = list(self.attribute_groups)
+        return SegmentationDataset(self.dataset, records, names, self.frame, native_mask, cache, self.num_points)

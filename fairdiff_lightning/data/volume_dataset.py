@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from fairdiff_lightning.data.native import NativeDataset, Record
 from fairdiff_lightning.data.sample import UNKNOWN, AttributeSpec, Sample
-from fairdiff_lightning.data.volumes import Array, Volume, Window, check_same_grid
+from fairdiff_lightning.data.volumes import RAS, Array, Volume, Window, check_same_grid
 
 
 class VolumeDataset(NativeDataset):
@@ -24,6 +24,12 @@ class VolumeDataset(NativeDataset):
     window: ClassVar[Window]
     """Intensities, in the unit of :meth:`read_volumes`, that are [0, 1] in a sample; its low end is what pads."""
 
+    lesions: ClassVar[tuple[int, ...]] = ()
+    """Classes that a generator of lesions makes; the others are anatomy."""
+    axes: ClassVar[tuple[str, str, str]] = RAS
+    """Directions that the axes of its arrays run to, as far as they are known."""
+    flip_axes: ClassVar[tuple[int, ...]] = (0,)
+    """Axes along which training may mirror a volume."""
     ignore_mask_affine: bool = False
     """Whether a mask is taken to lie where its image lies, whatever its file says; the shapes must agree."""
 
@@ -51,9 +57,18 @@ class VolumeDataset(NativeDataset):
         check_same_grid(image, mask, record.files.get("mask", f"mask of {record.id}"))
         return image, mask
 
-    @abstractmethod
+    def read_channels(self, record: Record) -> tuple[Volume, ...]:
+        """Read every channel of the image, (H, W, D) each."""
+        return (self.read_image(record),)
+
+    def read_aligned(self, record: Record) -> tuple[tuple[Volume, ...], Volume]:
+        """Read every channel of the image and the mask, on one grid."""
+        image, mask = self.read_volumes(record)
+        return (image,), mask
+
     def backgrounds(self, root: Path) -> list[Record]:
-        """List the healthy images that a lesion can be put into; none where the tree has none."""
+        """List the healthy images that a lesion can be put into; none where the layout marks none."""
+        return []
 
     @abstractmethod
     def write_volumes(self, directory: Path, sample_id: str, image: Volume, mask: Volume, **notes: Any) -> Path:
@@ -67,10 +82,20 @@ class VolumeDataset(NativeDataset):
             **notes: ``synthetic``, ``source``, and names of groups by attribute.
         """
 
-    def read_arrays(self, record: Record) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:  # type: ignore[override]
-        """Read image (H, W, D) float32, in the unit of :attr:`window`, and mask (H, W, D) uint8."""
-        image, mask = self.read_volumes(record)
-        return image.array, mask.array
+    @abstractmethod
+    def write_mask(
+        self, directory: Path, sample_id: str, mask: NDArray[np.uint8], affine: NDArray[np.float64] | None = None
+    ) -> Path:
+        """Store a mask (H, W, D) in the native format, at its place in the patient where it is given, atomically."""
+
+    def write_prediction(self, directory: Path, record: Record, mask: NDArray[np.uint8]) -> Path:
+        """Store a predicted mask (H, W, D) on the grid of its image, as the image's own file has it."""
+        return self.write_mask(directory, record.id, mask, self.read_image(record).affine)
+
+    def read_arrays(self, record: Record) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
+        """Read image (H, W, D), or (C, H, W, D) of several channels, in the unit of ``window``, and mask (H, W, D)."""
+        channels, mask = self.read_aligned(record)
+        return channels[0].array if len(channels) == 1 else np.stack([c.array for c in channels]), mask.array
 
     def read_mask(self, record: Record) -> NDArray[np.uint8]:
         """Read the mask (H, W, D) alone."""
@@ -78,15 +103,15 @@ class VolumeDataset(NativeDataset):
 
     def read(self, record: Record) -> Sample:
         """Read a record as a sample at its own size, image in [0, 1], with its affine and spacing."""
-        image, mask = self.read_volumes(record)
+        channels, mask = self.read_aligned(record)
         return {
-            "image": torch.from_numpy(self.window.to_unit(image.array))[None],
+            "image": torch.stack([torch.from_numpy(self.window.to_unit(channel.array)) for channel in channels]),
             "mask": torch.from_numpy(mask.array.astype(np.int64))[None],
             "attributes": {name: torch.tensor(group) for name, group in record.attributes.items()},
             "id": record.id,
             "synthetic": torch.tensor(record.synthetic),
-            "affine": torch.from_numpy(image.affine),
-            "spacing": torch.from_numpy(image.spacing.astype(np.float32)),
+            "affine": torch.from_numpy(channels[0].affine),
+            "spacing": torch.from_numpy(channels[0].spacing.astype(np.float32)),
         }
 
     def write(self, directory: Path, sample: Sample) -> Path:

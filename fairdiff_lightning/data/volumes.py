@@ -345,7 +345,7 @@ def centred_start(shape: Sequence[int], size: Sequence[int], centre: Sequence[in
 def cut(array: Array, start: Sequence[int], size: Sequence[int], fill: float) -> Array:
     """Cut a block out of an array; what lies beyond its ends is filled."""
     block = np.full(size, fill, array.dtype)
-    inner, outer = _overlap(array.shape, start, size)
+    inner, outer = overlap(array.shape, start, size)
     block[inner] = array[outer]
     return block
 
@@ -380,7 +380,7 @@ def place_back(part: Volume, whole: Volume) -> Volume:
     Raises:
         InvalidSampleError: when the two do not lie on one grid.
     """
-    inner, outer = _overlap(whole.shape, offset_in(part, whole), part.shape)
+    inner, outer = overlap(whole.shape, offset_in(part, whole), part.shape)
     array = whole.array.copy()
     array[outer] = as_type(part.array[inner], array.dtype)
     return whole.with_array(array)
@@ -408,7 +408,7 @@ def as_type(values: Array, dtype: np.dtype[Any]) -> Array:
     return values if values.dtype == dtype else Native(RAS, dtype).store(values)
 
 
-def _overlap(
+def overlap(
     shape: Sequence[int], start: Sequence[int], size: Sequence[int]
 ) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
     """Where a block and an array overlap: slices of the block and of the array."""

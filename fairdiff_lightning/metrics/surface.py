@@ -16,6 +16,7 @@ class SurfaceScores(NamedTuple):
 
     hausdorff95: Tensor
     average_distance: Tensor
+    symmetric_distance: Tensor
     surface_dice: Tensor
 
 
@@ -31,8 +32,9 @@ def surface_scores(
 
     ``hausdorff95`` is the 95th percentile of the distances in both directions taken together, as MedPy (and so FairSeg
     and dMoE) defines it; MONAI's metric takes the larger of the two directions' percentiles, which is never lower.
-    ``average_distance`` is the mean distance from the predicted to the true surface. ``surface_dice`` is the share of
-    both surfaces within the tolerance of the other (NSD).
+    ``average_distance`` is the mean distance from the predicted to the true surface, ``symmetric_distance`` (ASSD) the
+    mean over both directions' distances taken together. ``surface_dice`` is the share of both surfaces within the
+    tolerance of the other (NSD).
 
     =============  ===================  ===================================  ==============================
     ``empty``      score                both empty                           one empty
@@ -68,19 +70,20 @@ def surface_scores(
 def _scores(
     pred: Tensor, target: Tensor, spacing: Sequence[float] | None, tolerance: float, empty: SurfaceEmptyPolicy
 ) -> Tensor:
-    """The three scores (3,) of two binary masks of one image."""
+    """The four scores (4,) of two binary masks of one image."""
     from monai.metrics.utils import get_mask_edges, get_surface_distance
 
     present = int(pred.any()) + int(target.any())
     if present < 2:
         size = torch.tensor(pred.shape) * torch.tensor(spacing or [1.0] * pred.dim())
         distance = 0.0 if empty == "reference" else float(size.norm()) if present else torch.nan
-        return torch.tensor([distance, distance, 0.0 if present else torch.nan])
+        return torch.tensor([distance, distance, distance, 0.0 if present else torch.nan])
     pred_edge, target_edge = get_mask_edges(pred, target)
     outward = get_surface_distance(pred_edge, target_edge, spacing=spacing)
     backward = get_surface_distance(target_edge, pred_edge, spacing=spacing)
     distances = torch.cat([outward, backward])
-    return torch.stack([distances.quantile(0.95), outward.mean(), (distances <= tolerance).float().mean()])
+    near = (distances <= tolerance).float().mean()
+    return torch.stack([distances.quantile(0.95), outward.mean(), distances.mean(), near])
 
 
 class GroupedHausdorff95(GroupedMaskScores):

@@ -4,6 +4,7 @@ from fairdiff_lightning.modules.controlnet_synth import ControlNetSynth
 from fairdiff_lightning.modules.dmoe_segmenter import DMoESegmenter
 from fairdiff_lightning.modules.generative import GenerativeModule
 from fairdiff_lightning.modules.lefusion_inpaint import LeFusionInpaint
+from fairdiff_lightning.modules.lesion_mask_diffusion import LesionMaskDiffusion
 from fairdiff_lightning.modules.paired_guided_diffusion import PairedGuidedDiffusion
 from fairdiff_lightning.modules.point_diffusion import PointDiffusion
 from fairdiff_lightning.modules.schedules import LinearDecay, PolynomialDecay, WarmupCosine
@@ -14,6 +15,7 @@ __all__ = [
     "DMoESegmenter",
     "GenerativeModule",
     "LeFusionInpaint",
+    "LesionMaskDiffusion",
     "LinearDecay",
     "PairedGuidedDiffusion",
     "PointDiffusion",

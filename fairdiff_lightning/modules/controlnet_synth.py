@@ -35,11 +35,12 @@ from fairdiff_lightning.networks.checkpoint import LoadReport, Source, describe,
 from fairdiff_lightning.networks.cldm import load_cldm, to_cldm
 from fairdiff_lightning.networks.condition import Condition, resize_labels
 from fairdiff_lightning.networks.controlnet import build_controlnet
-from fairdiff_lightning.networks.latent_diffusion import TINY, load_base
+from fairdiff_lightning.networks.latent_diffusion import TINY, load_base, make_pipeline
+from fairdiff_lightning.networks.prompt_mixture import Preset, PromptMixture
 from fairdiff_lightning.networks.prompts import GROUP, LEARNED_FILE, Prompts
 
-REFERENCE_SUFFIX = ", low quality, blurry"
-"""What FairDiff's sampling script adds to the positive prompt."""
+SHARED_NOISES = 50
+"""That DiffBoost's code draws every slice's samples from."""
 
 
 class ControlNetSynth(PartlyTrained, GenerativeModule):
@@ -67,12 +68,16 @@ class ControlNetSynth(PartlyTrained, GenerativeModule):
         group_names: names of that attribute's groups; from the data module when None.
         condition: ``one_hot`` masks, masks in ``colours`` (what published ControlNets of segmentations expect), or the
             ``edge`` map of the batch.
-        prompt: text for all, with ``{group}`` where the group's name goes; None takes each sample's own ``prompt``.
+        prompt: text for all, with ``{group}`` where the group's name goes, "Prostate, MRI" for example; None needs each
+            sample's own. A text encoder reads a sample's own ``prompt`` instead wherever there is one.
         negative_prompt: what guidance leads away from.
+        prompt_mixture: weights of the texts whose embeddings, summed, samples are drawn with, or a preset, see
+            :class:`PromptMixture`; None takes the prompt alone.
         text_dropout: share of training samples that see the empty prompt, which guidance needs.
         min_snr_gamma: bound of the min-SNR weights; None weighs all steps alike.
         guidance_scale: of classifier-free guidance; 1 is none, and half the work.
         num_steps: sampling steps.
+        shared_noises: how many noises all samples share; None gives each its own, of its seed.
         scheduler: diffusers' scheduler of the training noise (variance-preserving), on the base's schedule.
         scheduler_args: its arguments; the sampler follows them where it has them too.
         sampler: diffusers' scheduler that samples.
@@ -81,7 +86,7 @@ class ControlNetSynth(PartlyTrained, GenerativeModule):
         adherence: checkpoint of a :class:`Segmenter` or :class:`DMoESegmenter`, which validation finds the requested
             mask with; what it finds then chooses the best checkpoint.
         num_validation_samples: samples that each validation generates, over all devices.
-        reference_behaviour: restore what the table below says.
+        reference_behaviour: restore what the table below says, FairDiff's for masks and DiffBoost's for edges.
         compile: compile UNet and control branch in place before the first step.
         optimizer: built on the trainable parameters.
         lr_scheduler: built on the optimizer.
@@ -97,17 +102,21 @@ class ControlNetSynth(PartlyTrained, GenerativeModule):
 
     Differences from the reference:
         ==================  =============================  =============================  =============================
-        What                Reference code (FairDiff)      Here                           To restore
+        What                Reference code                 Here                           To restore
         ==================  =============================  =============================  =============================
         groups              one model for each             one model, group in the        ``prompt`` without ``{group}``
                                                            prompt                         and ``groups`` of the data
-        quality words       "low quality, blurry" in the   in ``negative_prompt``         ``reference_behaviour``
-                            positive prompt
+        quality words       "low quality, blurry" in the   in ``negative_prompt``         ``reference_behaviour``, or
+                            positive prompt (FairDiff)                                    ``prompt_mixture: fairdiff``
+        prompt of samples   4.5 % of the embedding, 95 %   all of it                      ``reference_behaviour``, or
+                            "gray, sketch" (DiffBoost)                                    ``prompt_mixture: diffboost``
         empty prompt        never trained, yet guided by   ``text_dropout``               ``reference_behaviour``
         mask resizing       bilinear, mixes colours; any   nearest; aspect ratio kept     ``reference_behaviour``
                             aspect ratio
         grey images         BT.601 of three channels       their mean (DiffBoost)         not offered
         sampling noise      one seed for a whole run       each sample's own seed         not offered
+                            50 for every slice             each sample's own              ``reference_behaviour``, or
+                            (DiffBoost)                                                   ``shared_noises: 50``
         checkpoints         all weights                    the trained ones               not offered
         ==================  =============================  =============================  =============================
     """
@@ -128,10 +137,12 @@ class ControlNetSynth(PartlyTrained, GenerativeModule):
         condition: Literal["one_hot", "colours", "edge"] = "one_hot",
         prompt: str | None = "",
         negative_prompt: str = "",
+        prompt_mixture: dict[str, float] | Preset | None = None,
         text_dropout: float = 0.1,
         min_snr_gamma: float | None = None,
         guidance_scale: float = 9.0,
         num_steps: int = 20,
+        shared_noises: int | None = None,
         scheduler: str = "DDPMScheduler",
         scheduler_args: dict[str, Any] | None = None,
         sampler: str = "DDIMScheduler",
@@ -157,9 +168,14 @@ class ControlNetSynth(PartlyTrained, GenerativeModule):
         parts = load_base(base, in_channels, base_args or {}, pretrained)
         self.unet, self.vae, self.factor = parts.unet, parts.vae, parts.factor
         parts.check_images(self.image_size, in_channels)
-        suffix, width = REFERENCE_SUFFIX if reference_behaviour else "", self.unet.config.cross_attention_dim
-        count = sum(self._named_groups.values())
-        self.prompts = Prompts(prompt, count, parts.prompts, width, negative_prompt, suffix, parts.learned)
+        if reference_behaviour and prompt_mixture is None and parts.prompts is not None:
+            prompt_mixture = "diffboost" if condition == "edge" else "fairdiff"
+        mixture = None if prompt_mixture is None else PromptMixture(prompt_mixture)
+        self.shared_noises = SHARED_NOISES if reference_behaviour and condition == "edge" else shared_noises
+        if self.shared_noises is not None and self.shared_noises < 1:
+            raise ValueError(f"shared_noises={shared_noises}: give 1 or more, or None for each sample's own noise.")
+        count, width = sum(self._named_groups.values()), self.unet.config.cross_attention_dim
+        self.prompts = Prompts(prompt, count, parts.prompts, width, negative_prompt, mixture, parts.learned)
         self.prompts.names = group_names
         if parts.learned is None:
             self.prompts.check_guidance(guidance_scale, self.text_dropout)
@@ -222,7 +238,7 @@ class ControlNetSynth(PartlyTrained, GenerativeModule):
         steps = timesteps(clean, self.noise.config.num_train_timesteps, random)
         prompts = self._prompts_of(batch)
         if self.training:
-            prompts = self._drop(prompts)
+            prompts = self.prompts.drop(prompts, self.text_dropout)
         predicted = self(add_noise(self.noise, clean, noise, steps), steps, prompts, self.condition(batch))
         error = F.mse_loss(predicted.float(), training_target(self.noise, clean, noise, steps), reduction="none")
         each, gamma = error.flatten(1).mean(1), self.hparams["min_snr_gamma"]
@@ -247,7 +263,8 @@ class ControlNetSynth(PartlyTrained, GenerativeModule):
         """Images (B, C, H, W) in [0, 1] for requests with ``seed`` and a condition, and their masks at that size."""
         self._check_keys(requests)
         self.condition.check_values(requests)
-        images = self.sample(self.condition(requests), self._prompts_of(requests, sampling=True), requests["seed"])
+        seeds = requests["seed"] if self.shared_noises is None else requests["seed"] % self.shared_noises
+        images = self.sample(self.condition(requests), self._prompts_of(requests, sampling=True), seeds)
         made = {"image": images}
         return made | ({"mask": resize_labels(requests["mask"], self.image_size)} if "mask" in requests else {})
 
@@ -325,19 +342,7 @@ class ControlNetSynth(PartlyTrained, GenerativeModule):
 
         A base without a text encoder has no tokenizer either: give ``prompt_embeds``, rows of ``prompts.learned``.
         """
-        from diffusers import StableDiffusionControlNetPipeline
-
-        return StableDiffusionControlNetPipeline(  # type: ignore[no-untyped-call]
-            vae=self.vae,
-            text_encoder=getattr(self.prompts.encoder, "encoder", None),
-            tokenizer=getattr(self.prompts.encoder, "tokenizer", None),
-            unet=self.unet,
-            controlnet=self.controlnet,
-            scheduler=self.make_sampler(),
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-        )
+        return make_pipeline(self.unet, self.vae, self.controlnet, self.make_sampler(), self.prompts.encoder)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Save the pipeline in diffusers' layout, with learned prompts as ``prompts.safetensors``.
@@ -353,21 +358,16 @@ class ControlNetSynth(PartlyTrained, GenerativeModule):
                 save_file({"prompts": self.prompts.learned.detach().cpu().contiguous()}, str(temporary))
 
     def _prompts_of(self, batch: Sample, sampling: bool = False) -> Tensor:
-        """Embeddings (B, L, D) of the samples' prompts."""
-        if self.prompts.template is None:
-            return self.prompts.encode(list(batch["prompt"]), self.device)
+        """Embeddings (B, L, D) of the samples' prompts, in sampling of what the mixture makes of them."""
+        seeds = batch["seed"] if sampling and self.prompts.mixture is not None else None
+        if self.prompts.encoder is not None and "prompt" in batch:
+            return self.prompts.encode(list(batch["prompt"]), self.device, seeds)
         unnamed = torch.zeros(len(batch["id"]), dtype=torch.int64, device=self.device)
-        prompts: Tensor = self.prompts(
-            group_of(batch, str(self.attribute)) if self._named_groups else unnamed, sampling
-        )
+        group = group_of(batch, str(self.attribute)) if self._named_groups else unnamed
+        if seeds is not None:
+            return self.prompts.encode(self.prompts.texts(group), self.device, seeds)
+        prompts: Tensor = self.prompts(group)
         return prompts
-
-    def _drop(self, prompts: Tensor) -> Tensor:
-        """The empty prompt instead of a share of the prompts."""
-        if not self.text_dropout:
-            return prompts
-        dropped = torch.rand(len(prompts), 1, 1, device=prompts.device) < self.text_dropout
-        return torch.where(dropped, self.prompts.empty(self.device), prompts)
 
     def _freeze(self, trained: str) -> None:
         if trained == "all":
@@ -394,5 +394,4 @@ class ControlNetSynth(PartlyTrained, GenerativeModule):
 
     def _check_keys(self, batch: Sample) -> None:
         self.condition.check_key(batch)
-        if self.prompts.template is None and "prompt" not in batch:
-            raise ValueError(f"'{batch['id'][0]}' has {sorted(batch)}; prompt=None needs 'prompt'.")
+        self.prompts.check_batch(batch)

@@ -17,7 +17,7 @@ from fairdiff_lightning.diffusion import generators
 from fairdiff_lightning.diffusion.noise import Generators
 from fairdiff_lightning.modules.optimization import configure
 
-CARRIED = ("id", "attributes", "seed", "source", "condition")
+CARRIED = ("id", "attributes", "seed", "source", "condition", "affine")
 """What a generated sample takes over from its request."""
 
 
@@ -91,9 +91,13 @@ class GenerativeModule(LightningModule, ABC):
         batch = cast(Sample, {**batch, "seed": seeds})
         losses = {f"val/{name}": value for name, value in self.losses(batch).items()}
         self.log_dict(losses, batch_size=size, sync_dist=True)
-        count = min(self._validation_budget, size)
+        count = min(self._validation_budget, self.num_requests(batch))
         self._validation_budget -= count
         return {"generated": self.predict_step(first(batch, count)) if count else None}
+
+    def num_requests(self, batch: Sample) -> int:
+        """How many of a batch's first samples can be requests."""
+        return len(batch["id"])
 
     def predict_step(self, batch: Sample, batch_idx: int = 0) -> dict[str, Any]:
         """Samples of the contract for a batch of requests."""

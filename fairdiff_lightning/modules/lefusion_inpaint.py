@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any, Literal, cast
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 from torchmetrics import MeanMetric
-from torchmetrics.utilities.distributed import gather_all_tensors
 
 from fairdiff_lightning.data.sample import Sample
 from fairdiff_lightning.diffusion import (
@@ -29,8 +27,9 @@ from fairdiff_lightning.diffusion import (
 from fairdiff_lightning.diffusion.guidance import guide
 from fairdiff_lightning.diffusion.inpaint import Compose, Region
 from fairdiff_lightning.losses.lesion import Norm, Normalise, lesion_noise_loss
-from fairdiff_lightning.modules.data_facts import check_data
+from fairdiff_lightning.modules.data_facts import check_data, chosen_attribute, group_of
 from fairdiff_lightning.modules.generative import GenerativeModule
+from fairdiff_lightning.modules.training_pass import over_training
 from fairdiff_lightning.networks.checkpoint import LoadReport, Source
 from fairdiff_lightning.networks.lesion_unet import Conditioning, LesionUNet
 from fairdiff_lightning.networks.lesion_weights import Weights
@@ -72,7 +71,9 @@ class LeFusionInpaint(GenerativeModule):
         guidance_scale: of classifier-free guidance towards the histogram; 1 is none, and half the work.
         textures: prototypes that are made of the training lesions' histograms, see
             :class:`~fairdiff_lightning.networks.texture_bank.TextureBank`.
-        texture: of requests that bring none, see :meth:`TextureBank.draw`.
+        texture: of requests that bring none, see :meth:`TextureBank.draw`; ``group`` is that of the request's group.
+        num_groups: attribute -> number of its groups; the CLI takes it from the data.
+        attribute: whose groups ``texture="group"`` means; the first of ``num_groups`` when None.
         loss: absolute (``l1``) or squared error.
         normalise: ``lesion``, so that the loss does not depend on a lesion's size, or ``volume``.
         num_steps: levels of the sampling chain.
@@ -135,6 +136,8 @@ class LeFusionInpaint(GenerativeModule):
         guidance_scale: float = 1.0,
         textures: int = 3,
         texture: str = "empirical",
+        num_groups: dict[str, int] | None = None,
+        attribute: str | None = None,
         loss: Norm = "l1",
         normalise: Normalise = "lesion",
         num_steps: int = 50,
@@ -162,6 +165,7 @@ class LeFusionInpaint(GenerativeModule):
             raise ValueError(
                 f"in_channels {in_channels}; expected is 1, a grey scan, which has a channel for each class inside."
             )
+        self.attribute = chosen_attribute(attribute, dict(num_groups or {}), needed=texture == "group")
         self.settings = dict(self.hparams) | (REFERENCE if reference_behaviour else {})
         self.image_size = (image_size[0], image_size[1], image_size[2])
         self.classes = tuple(range(1, num_classes) if lesion_classes is None else lesion_classes)
@@ -200,12 +204,8 @@ class LeFusionInpaint(GenerativeModule):
     def on_fit_start(self) -> None:
         """Measure the training lesions' histograms, once."""
         if self.hparams["conditioning"] is not None and not len(self.bank.histograms):
-            self.trainer.fit_loop.setup_data()
-            loader = cast(Iterable[Sample], self.trainer.train_dataloader)
-            found = torch.cat([self.histograms(batch).to(self.device) for batch in loader])
-            lesions = found[found.any(1)]
-            shared = torch.distributed.is_available() and torch.distributed.is_initialized()
-            self.bank.measure(torch.cat(gather_all_tensors(lesions)) if shared else lesions)
+            found, groups = over_training(self, lambda batch: (self.histograms(batch), self._groups(batch)))
+            self.bank.measure(found[found.any(1)], groups[found.any(1)])
 
     def losses(self, batch: Sample) -> dict[str, Tensor]:
         """Error of the predicted noise inside of the lesions."""
@@ -234,13 +234,14 @@ class LeFusionInpaint(GenerativeModule):
                 the module's ``texture`` will do, ``texture`` (B, K * bins).
 
         Raises:
-            ValueError: for a mask without any of the lesion classes.
+            ValueError: for masks without any of the lesion classes, with the requests' ids.
         """
         random, given = generators(requests["seed"]), dict[str, Any](requests)
-        condition = None
-        if self.hparams["conditioning"] is not None:
-            texture = given.get("texture")
-            condition = self.bank.draw(self.hparams["texture"], random) if texture is None else texture
+        self._refuse_empty(requests)
+        conditioned = self.hparams["conditioning"] is not None
+        condition = given.get("texture") if conditioned else None
+        if conditioned and condition is None:
+            condition = self.bank.draw(self.hparams["texture"], random, self._groups(requests))
         return {"image": self.paint(given["image"], given["mask"], condition, given["seed"]), "mask": given["mask"]}
 
     @torch.no_grad()
@@ -264,7 +265,7 @@ class LeFusionInpaint(GenerativeModule):
         return torch.where(masks.any(1, keepdim=True) | (not s["final_composite"]), merged / 2 + 0.5, image).clamp(0, 1)
 
     def validation_step(self, batch: Sample, batch_idx: int) -> dict[str, Any]:
-        """Losses, and a few held-out lesions painted anew with their own mask and texture."""
+        """Losses, and the first held-out lesions painted anew with their own mask and texture."""
         if self.hparams["conditioning"] is not None:
             batch = {**batch, "texture": self.histograms(batch)}  # type: ignore[typeddict-unknown-key]
         output = super().validation_step(batch, batch_idx)
@@ -278,6 +279,11 @@ class LeFusionInpaint(GenerativeModule):
             distance = (self.histograms(made) - asked).abs().sum(1) / (2 * asked.sum(1).clamp(min=1))
             cast(MeanMetric, self.metrics["histogram_distance"]).update(distance)
         return output
+
+    def num_requests(self, batch: Sample) -> int:
+        """Samples up to the first one without a lesion."""
+        lesions = class_masks(batch["mask"], self.classes).flatten(1).any(1)
+        return int(lesions.cumprod(0).sum())
 
     def on_validation_epoch_end(self) -> None:
         """Log how well lesions were painted anew."""
@@ -305,6 +311,19 @@ class LeFusionInpaint(GenerativeModule):
         dropped = torch.arange(2, device=noisy.device).repeat_interleave(len(noisy)) == 0
         both = self.network(torch.cat([noisy] * 2), step, torch.cat([condition] * 2), dropped)
         return guide(both.float(), scale)
+
+    def _refuse_empty(self, requests: Sample) -> None:
+        found = class_masks(requests["mask"], self.classes).flatten(1).any(1).tolist()
+        empty = [name for name, has in zip(requests["id"], found, strict=True) if not has]
+        if empty:
+            raise ValueError(
+                f"the masks of {', '.join(empty)} have no voxel of the lesion classes {self.classes}: nothing is to be "
+                "painted. Leave these masks out, or check that they lie inside of the volume."
+            )
+
+    def _groups(self, batch: Sample) -> Tensor:
+        """Group (B,) of each sample, -1 when the module looks at no attribute."""
+        return torch.full((len(batch["id"]),), -1) if self.attribute is None else group_of(batch, self.attribute)
 
     def _volumes(self, image: Tensor) -> Tensor:
         """The scan once for each lesion class, (B, K, H, W, D) in [-1, 1]."""

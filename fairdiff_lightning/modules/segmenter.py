@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import combinations
 from typing import Any, Literal, cast
 
 import torch
@@ -10,6 +11,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
+from fairdiff_lightning.data.resample import restore_volumes
 from fairdiff_lightning.data.resize import restore_mask
 from fairdiff_lightning.data.sample import Sample
 from fairdiff_lightning.losses import FEBSLoss, FocalLoss, dice_ce_loss
@@ -21,7 +23,7 @@ from fairdiff_lightning.modules.optimization import configure
 from fairdiff_lightning.networks.build import NetworkName, build_network
 from fairdiff_lightning.networks.checkpoint import LoadReport, Source, check_state_dict, describe, read_state_dict
 
-OVERLAP = ("dice", "iou")
+OVERLAP, SURFACES = ("dice", "iou"), ("hd95", "assd", "nsd")
 EVERYONE = "everyone"
 """Table of scores of a module without attributes."""
 
@@ -30,11 +32,13 @@ class Segmenter(LightningModule):
     """Semantic segmentation with Dice and IoU for every group of every attribute.
 
     Args:
-        network: ``vit_b16``, ``r50_vit_b16`` and ``tiny`` are TransUNets, the others MONAI's.
+        network: by name, see :func:`~fairdiff_lightning.networks.build.build_network`: TransUNets (``vit_b16``,
+            ``r50_vit_b16``, ``tiny``), ``resunet3d``, ``samed``, or one of MONAI's.
         network_args: further arguments of the network.
         num_classes: number of classes, the background included.
         in_channels: channels of the image.
-        image_size: side, or height and width, of what the network sees, pixels; None means ``roi_size``.
+        image_size: side, or height and width (and depth, of volumes), of what the network sees, pixels or voxels; None
+            means ``roi_size``.
         num_groups: attribute -> number of its groups; metrics are logged for each.
         attribute: the attribute that the loss, the routing and the choice of the best checkpoint look at; the first of
             ``num_groups`` when None.
@@ -45,9 +49,12 @@ class Segmenter(LightningModule):
         empty: Dice and IoU of a class that the truth lacks, see
             :func:`~fairdiff_lightning.metrics.functional.dice_score`; ``reference`` is the papers' code.
         inference: ``whole`` images, or ``sliding`` windows of ``roi_size`` blended by a Gaussian.
-        roi_size: side, or height and width, of a window.
+        roi_size: side, or height and width (and depth), of a window.
         overlap: share of a window that the next one covers again.
-        surface_metrics: also measure the Hausdorff distance (95 %, pixels) and the surface Dice (5 pixels) in tests.
+        mirror: axes of the image, 0 for H, along which it is also mirrored when not training; the logits are averaged.
+        surface_metrics: also measure the Hausdorff distance (95 %), the average symmetric surface distance and the
+            surface Dice in tests: in mm where the data tell a spacing, else in pixels.
+        tolerance: of the surface Dice, in the same unit.
         reference_behaviour: score empty masks (``empty="reference"``) and weigh absent and unknown groups (FEBS) as the
             papers' code does.
         init_from: checkpoint (ours) whose network weights the first training starts from.
@@ -58,13 +65,13 @@ class Segmenter(LightningModule):
         lr_interval: when the scheduler steps.
 
     Shapes:
-        image (B, C, H, W) in [0, 1]; mask (B, 1, H, W) class indices; logits (B, K, H, W).
+        image (B, C, H, W[, D]) in [0, 1]; mask (B, 1, H, W[, D]) class indices; logits (B, K, H, W[, D]).
 
     Logs:
         ``train/loss``; and for val and test ``loss``, ``dice``, ``iou`` (mean over images, then over the foreground
         classes), ``dice/class_<k>``, and for each attribute ``es_dice/<attribute>``, ``es_iou/<attribute>``,
-        ``worst_dice/<attribute>``, ``gap_dice/<attribute>`` and ``dice/<attribute>/<group>``; ``hd95`` and ``nsd`` in
-        tests when asked for.
+        ``worst_dice/<attribute>``, ``gap_dice/<attribute>`` and ``dice/<attribute>/<group>``; ``hd95``, ``assd`` and
+        ``nsd`` in tests when asked for.
     """
 
     def __init__(
@@ -73,7 +80,7 @@ class Segmenter(LightningModule):
         network_args: dict[str, Any] | None = None,
         num_classes: int = 2,
         in_channels: int = 3,
-        image_size: int | tuple[int, int] | None = 224,
+        image_size: int | tuple[int, int] | tuple[int, int, int] | None = 224,
         num_groups: dict[str, int] | None = None,
         attribute: str | None = None,
         loss: Literal["dice_ce", "febs", "focal"] = "dice_ce",
@@ -82,9 +89,11 @@ class Segmenter(LightningModule):
         gamma: float = 1.0,
         empty: EmptyPolicy = "skip",
         inference: Literal["whole", "sliding"] = "whole",
-        roi_size: int | tuple[int, int] = 224,
+        roi_size: int | tuple[int, int] | tuple[int, int, int] = 224,
         overlap: float = 0.5,
+        mirror: tuple[int, ...] = (),
         surface_metrics: bool = False,
+        tolerance: float = 5.0,
         reference_behaviour: bool = False,
         init_from: str | None = None,
         compile: bool = False,
@@ -102,7 +111,7 @@ class Segmenter(LightningModule):
             network, in_channels, num_classes, image_size or roi_size, self.network_arguments()
         )
         self.loss = self._make_loss()
-        surfaces = ("hd95", "nsd") if surface_metrics else ()
+        surfaces = SURFACES if surface_metrics else ()
         self.tables = nn.ModuleDict(
             {"val": self._make_tables(OVERLAP), "test": self._make_tables((*OVERLAP, *surfaces))}
         )
@@ -170,8 +179,15 @@ class Segmenter(LightningModule):
         return {"id": batch["id"], "mask": self._decide(self.infer(batch, "predict"), batch)}
 
     def infer(self, batch: Sample, stage: str) -> Tensor:
-        """Logits of a batch by the chosen inference; every window knows the group of its image."""
+        """Logits of a batch by the chosen inference, averaged over the mirrored images that are asked for."""
         image, group = batch["image"], self.group(batch)
+        axes = [axis + 2 for axis in self.hparams["mirror"]]
+        chosen = [list(some) for count in range(len(axes) + 1) for some in combinations(axes, count)]
+        logits = [self._infer(image.flip(some), group).flip(some) for some in chosen]
+        return logits[0] if len(logits) == 1 else torch.stack(logits).mean(0)
+
+    def _infer(self, image: Tensor, group: Tensor | None) -> Tensor:
+        """Logits of images; every window knows the group of its image."""
         if self.hparams["inference"] == "whole":
             return self.forward(image, group)
         from monai.inferers import sliding_window_inference
@@ -227,6 +243,8 @@ class Segmenter(LightningModule):
         return self.forward(window[:, :-1], _read_group_channel(window[:, -1]))
 
     def _decide(self, logits: Tensor, batch: Sample) -> Tensor | list[Tensor]:
+        if "native_affine" in batch:
+            return restore_volumes(logits, batch["affine"], batch["native_affine"], batch["native_size"])
         if "region" in batch:
             return restore_mask(logits, batch["region"], batch["native_size"])
         return logits.argmax(1, keepdim=True)
@@ -235,7 +253,8 @@ class Segmenter(LightningModule):
         logits = self.infer(batch, stage)
         self.log(f"{stage}/loss", self.objective(logits, batch), batch_size=len(batch["image"]), sync_dist=True)
         prediction, truth = self._decide(logits, batch), batch.get("native_mask", batch["mask"])
-        scores = self._scores(prediction, truth, surfaces=stage == "test" and self.hparams["surface_metrics"])
+        surfaces = stage == "test" and self.hparams["surface_metrics"]
+        scores = self._scores(prediction, truth, _spacings(batch) if surfaces else None)
         everyone = torch.zeros(len(batch["image"]), dtype=torch.int64, device=self.device)
         for name, tables in self._stage_tables(stage).items():
             for attribute, table in tables.items():
@@ -243,19 +262,27 @@ class Segmenter(LightningModule):
         return {"prediction": prediction, **scores}
 
     def _scores(
-        self, prediction: Tensor | list[Tensor], truth: Tensor | list[Tensor], surfaces: bool = False
+        self,
+        prediction: Tensor | list[Tensor],
+        truth: Tensor | list[Tensor],
+        spacings: Sequence[Sequence[float] | None] | None = None,
     ) -> dict[str, Tensor]:
-        """Scores (B, K - 1) of each image, by name; images of unequal size are scored one by one."""
-        if not isinstance(prediction, Tensor) or not isinstance(truth, Tensor):
-            rows = [self._scores(p[None], t[None], surfaces) for p, t in zip(prediction, truth, strict=True)]
+        """Scores (B, K - 1) of each image, by name; of surfaces where spacings are given, with these."""
+        num_classes, unequal = self.hparams["num_classes"], not isinstance(prediction, Tensor)
+        if unequal or not isinstance(truth, Tensor) or (spacings and any(s != spacings[0] for s in spacings)):
+            rows = [
+                self._scores(p[None], t[None], s if s is None else [s])
+                for p, t, s in zip(prediction, truth, spacings or [None] * len(prediction), strict=True)
+            ]
             return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
-        num_classes = self.hparams["num_classes"]
-        dice = dice_score(prediction, truth, num_classes, self.empty)
+        pred = cast(Tensor, prediction)
+        dice = dice_score(pred, truth, num_classes, self.empty)
         scores = {"dice": dice, "iou": dice / (2 - dice)}
-        if surfaces:
+        if spacings:
             policy: SurfaceEmptyPolicy = "reference" if self.empty == "reference" else "skip"
-            surface = surface_scores(prediction, truth, num_classes, empty=policy)
-            scores |= {"hd95": surface.hausdorff95, "nsd": surface.surface_dice}
+            found = surface_scores(pred, truth, num_classes, spacings[0], self.hparams["tolerance"], policy)
+            measured = (found.hausdorff95, found.symmetric_distance, found.surface_dice)
+            scores |= dict(zip(SURFACES, measured, strict=True))
         return scores
 
     def _stage_tables(self, stage: str) -> dict[str, dict[str, GroupedScores]]:
@@ -297,7 +324,16 @@ class Segmenter(LightningModule):
 
 def _group_channel(group: Tensor, image: Tensor) -> Tensor:
     """The group as a constant channel; padding adds zeros, so indices are stored plus two."""
-    return (group + 2).to(image.dtype).view(-1, 1, 1, 1).expand(-1, 1, *image.shape[2:])
+    return (group + 2).to(image.dtype).view(-1, *[1] * (image.dim() - 1)).expand(-1, 1, *image.shape[2:])
+
+
+def _spacings(batch: Sample) -> list[Sequence[float] | None]:
+    """Size of a voxel of what is scored, for each sample; None where the data do not tell it."""
+    affine = batch.get("native_affine", batch.get("affine"))
+    if affine is None:
+        return [None] * len(batch["id"])
+    spacings: list[Sequence[float] | None] = list(affine[:, :3, :3].norm(dim=1).round(decimals=4).tolist())
+    return spacings
 
 
 def _read_group_channel(channel: Tensor) -> Tensor:

@@ -45,7 +45,10 @@ class Condition:
     def check_key(self, batch: Mapping[str, Any]) -> None:
         """Refuse a batch that lacks what the control branch sees."""
         if self.key not in batch:
-            raise ValueError(f"'{batch['id'][0]}' has {sorted(batch)}; condition='{self.kind}' needs '{self.key}'.")
+            advice = " Give the data module its option `edges`." if self.key == "edge" else ""
+            raise ValueError(
+                f"'{batch['id'][0]}' has {sorted(batch)}; condition='{self.kind}' needs '{self.key}'.{advice}"
+            )
 
     def check_sizes(self, batch: Mapping[str, Any]) -> None:
         """Refuse training samples of another size than the images'; one that is resized may have any."""
@@ -58,12 +61,16 @@ class Condition:
                 )
 
     def check_values(self, batch: Mapping[str, Any]) -> None:
-        """Refuse a wrong shape or class; this waits for the device."""
+        """Refuse a wrong shape, class or strength of edges; this waits for the device."""
         where = f"'{self.key}' of {batch['id'][0]!r}"
         if self.key == "mask":
             check_labels(batch["mask"], self.num_classes, self.size, where, self.blended)
         elif tuple(batch["edge"].shape[1:]) != (1, *self.size):
             raise ValueError(f"{where} has shape {tuple(batch['edge'].shape)}; expected is (B, 1, *{self.size}).")
+        else:
+            low, high = (float(value) for value in batch["edge"].aminmax())
+            if not (low >= -1e-6 and high <= 1 + 1e-6):  # written so that NaN fails too
+                raise ValueError(f"{where} has values in [{low:.4g}, {high:.4g}]; edges are in [0, 1].")
 
 
 @cache

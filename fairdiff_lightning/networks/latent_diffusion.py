@@ -69,6 +69,23 @@ class LatentDiffusion:
             )
 
 
+def make_pipeline(unet: Any, vae: Any, controlnet: Any, scheduler: Any, prompts: PromptEncoder | None) -> Any:
+    """A ``StableDiffusionControlNetPipeline`` of these networks (not of copies), without a safety checker."""
+    from diffusers import StableDiffusionControlNetPipeline
+
+    return StableDiffusionControlNetPipeline(  # type: ignore[no-untyped-call]
+        vae=vae,
+        text_encoder=getattr(prompts, "encoder", None),
+        tokenizer=getattr(prompts, "tokenizer", None),
+        unet=unet,
+        controlnet=controlnet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
 def load_base(source: str, in_channels: int, arguments: Mapping[str, Any], pretrained: bool = True) -> LatentDiffusion:
     """Build a base.
 

@@ -49,8 +49,14 @@ def rotary_angles(length: int, dim: int, like: Tensor) -> tuple[Tensor, Tensor]:
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn neighbouring pairs of features of ``x`` (..., L, dim) by the angles of :func:`rotary_angles`."""
-    even, odd = x.view(*x.shape[:-1], -1, 2).unbind(-1)
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    cos, sin, pairs = cos.to(wide), sin.to(wide), x.to(wide).view(*x.shape[:-1], -1, 2)
+    if torch.compiler.is_compiling():  # fuses what follows, but no complex numbers
+        even, odd = pairs.unbind(-1)
+        turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1)
+    else:
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.complex(cos, sin))
+    return turned.flatten(-2).to(x.dtype)
 
 
 class _Attention(nn.Module):
@@ -85,12 +91,12 @@ class DepthAttention(_Attention):
         """Add what each voxel takes from its column."""
         batch, depth, channels, height, width = x.shape
         columns = x.permute(0, 3, 4, 1, 2).reshape(-1, depth, channels)
-        heads = self.heads_of(columns)
-        bias, cos, sin = (part.to(heads.dtype) for part in positions)
-        q, k = rotate(heads[:2], cos, sin)
+        q, k, v = self.heads_of(columns)
+        q, k = (rotate(part, positions.cos, positions.sin) for part in (q, k))
+        bias = positions.bias[None].to(v.dtype)  # four axes: with three, the CPU does not fuse the attention
         parts = [
             F.scaled_dot_product_attention(queries, keys, values, attn_mask=bias)
-            for queries, keys, values in zip(*(t.split(_MOST_SEQUENCES) for t in (q, k, heads[2])), strict=True)
+            for queries, keys, values in zip(*(t.split(_MOST_SEQUENCES) for t in (q, k, v)), strict=True)
         ]
         out = self.out_of(parts[0] if len(parts) == 1 else torch.cat(parts))
         return x + out.view(batch, height, width, depth, channels).permute(0, 3, 4, 1, 2)
@@ -111,6 +117,9 @@ class SliceAttention(_Attention):
 class LinearSliceAttention(_Attention):
     """Linear attention among the voxels of a slice: cost grows with their number, not its square.
 
+    Each output is linear in what a slice's values hold, so that projections of values and outputs are joined into one
+    small matrix for each slice, before they meet the voxels.
+
     Shapes:
         x (B, D, C, H, W), also the output.
     """
@@ -120,9 +129,14 @@ class LinearSliceAttention(_Attention):
 
     def forward(self, x: Tensor) -> Tensor:
         """Add what each voxel takes from its slice."""
-        q, k, v = self.heads_of(_tokens(x))
-        context = k.softmax(-2).transpose(-2, -1) @ v * q.shape[-1] ** -0.5
-        return x + _slices(self.out_of(q.softmax(-1) @ context), x)
+        tokens = self.norm(_tokens(x))
+        to_q, to_k, to_v = self.to_qkv.weight.chunk(3)
+        each = (self.heads, len(to_q) // self.heads, tokens.shape[-1])
+        q = F.linear(tokens, to_q).view(*tokens.shape[:2], self.heads, -1).softmax(-1)
+        gathered = (F.linear(tokens, to_k).softmax(1).mT @ tokens).view(-1, *each)
+        context = gathered @ to_v.view(each).mT * q.shape[-1] ** -0.5
+        joined = (context @ self.to_out.weight.T.view(each)).flatten(1, 2)
+        return x + _slices(torch.baddbmm(self.to_out.bias, q.flatten(2), joined), x)
 
 
 class TokenAttention(nn.Module):

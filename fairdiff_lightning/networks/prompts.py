@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import PurePosixPath
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from fairdiff_lightning.networks.prompt_mixture import PromptMixture
 
 GROUP = "{group}"
 UNKNOWN_GROUP = "unknown"
@@ -17,6 +22,14 @@ LEARNED_FILE = "prompts.safetensors"
 """Where a saved pipeline has its learned prompts."""
 REMEMBERED = 1024
 """Texts whose embeddings are kept, 240 kB each with CLIP."""
+ABBREVIATIONS = {
+    "abd": "abdomen",
+    "af": "ankle",
+    "cbd": "common bile duct",
+    "gb": "gallbladder",
+    "ivc": "inferior vena cava",
+}
+"""In the names of RadImageNet's folders."""
 
 
 class PromptEncoder:
@@ -61,6 +74,7 @@ class PromptEncoder:
         self._kept.clear()
 
     def _encode(self, texts: list[str]) -> Tensor:
+        self._say_what_is_cut(texts)
         tokens = self.tokenizer(
             texts,
             padding="max_length",
@@ -73,6 +87,16 @@ class PromptEncoder:
             embeddings: Tensor = self.encoder(tokens.input_ids.clone().to(device))[0]
         return embeddings.float().cpu()
 
+    def _say_what_is_cut(self, texts: list[str]) -> None:
+        limit = self.tokenizer.model_max_length
+        for text, tokens in zip(texts, self.tokenizer(texts, verbose=False).input_ids, strict=True):
+            if len(tokens) > limit:
+                warnings.warn(
+                    f"prompt '{text}' has {len(tokens)} tokens with start and end, the text encoder reads {limit}: "
+                    f"'{self.tokenizer.decode(tokens[limit - 1 : -1])}' is not seen. Shorten the prompt.",
+                    stacklevel=2,
+                )
+
 
 class Prompts(nn.Module):
     """The distinct prompts of a generator: one for all, or one for each group and one for unknown groups.
@@ -83,7 +107,7 @@ class Prompts(nn.Module):
         encoder: turns text into embeddings; None learns one embedding for each distinct prompt.
         dim: channels of a learned embedding.
         negative: what guidance leads away from; the empty prompt when empty.
-        sampling_suffix: what the prompt ends with in sampling only.
+        mixture: what samples are drawn with instead of the prompt alone.
         learned: values (num_groups + 2, L, D) that the learned embeddings start from.
 
     Raises:
@@ -97,34 +121,49 @@ class Prompts(nn.Module):
         encoder: PromptEncoder | None,
         dim: int,
         negative: str = "",
-        sampling_suffix: str = "",
+        mixture: PromptMixture | None = None,
         learned: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.template, self.num_groups, self.encoder = template, num_groups, encoder
-        self.negative_text, self.sampling_suffix = negative, sampling_suffix
+        self.negative_text, self.mixture = negative, mixture
         self.names: Sequence[str] | None = None
         self.learned: nn.Parameter | None = None
         if encoder is None:
-            if template is None or negative:
+            if template is None or negative or mixture:
                 raise ValueError(
-                    f"prompt={template!r}, negative_prompt={negative!r}: the base has no text encoder, so it learns "
-                    "one embedding for each prompt that is known beforehand. Give a constant prompt or one with "
-                    "{group}, and no negative prompt; or a base with a text encoder."
+                    f"prompt={template!r}, negative_prompt={negative!r}, prompt_mixture={mixture and mixture.weights}: "
+                    "the base has no text encoder, so it learns one embedding for each prompt that is known "
+                    "beforehand. Give a constant prompt or one with {group}, no negative prompt and no mixture; or a "
+                    "base with a text encoder."
                 )
             shape = (num_groups + 1 + 1, LEARNED_TOKENS, dim)  # the last is empty
             values = torch.randn(shape)
             self.learned = nn.Parameter(values if learned is None else values.copy_(_fitting(learned, shape)))
 
-    def forward(self, group: Tensor, sampling: bool = False) -> Tensor:
+    def forward(self, group: Tensor) -> Tensor:
         """Embeddings (B, L, D) for the groups (B,) of samples, -1 for unknown; zeros when the template names none."""
-        table = self._table(group.device, sampling)
+        table = self._own(*self._texts(), device=group.device) if self.learned is None else self.learned[:-1]
         return table[torch.where(group < 0, self.num_groups, group)]
 
-    def encode(self, texts: Sequence[str], device: torch.device) -> Tensor:
-        """Embeddings (B, L, D) of any texts."""
+    def texts(self, group: Tensor) -> list[str]:
+        """The prompts of samples by their groups (B,), as text."""
+        known = self._texts()
+        return [known[index if index >= 0 else self.num_groups] for index in group.tolist()]
+
+    def encode(self, texts: Sequence[str], device: torch.device, seeds: Tensor | None = None) -> Tensor:
+        """Embeddings (B, L, D) of any texts, or of what the mixture makes of them for samples of these seeds (B,)."""
         assert self.encoder is not None, "only a text encoder knows what a text means"
-        return self.encoder(texts, device)
+        if self.mixture is None or seeds is None:
+            return self.encoder(texts, device)
+        return self.mixture(partial(self.encoder, device=device), texts, seeds)
+
+    def drop(self, prompts: Tensor, share: float) -> Tensor:
+        """The empty prompt instead of a random share of the prompts (B, L, D)."""
+        if not share:
+            return prompts
+        dropped = torch.rand(len(prompts), 1, 1, device=prompts.device) < share
+        return torch.where(dropped, self.empty(prompts.device), prompts)
 
     def empty(self, device: torch.device) -> Tensor:
         """The empty prompt (1, L, D)."""
@@ -133,6 +172,14 @@ class Prompts(nn.Module):
     def negative(self, device: torch.device) -> Tensor:
         """What guidance leads away from (1, L, D)."""
         return self._own(self.negative_text, device=device) if self.negative_text else self.empty(device)
+
+    def check_batch(self, batch: Mapping[str, Any]) -> None:
+        """Refuse a batch without the prompts that are needed, or with another number of them than samples."""
+        first, given = batch["id"][0], batch.get("prompt")
+        if given is None and self.template is None:
+            raise ValueError(f"'{first}' has {sorted(batch)}; prompt=None needs 'prompt'.")
+        if isinstance(given, str) or (given is not None and len(given) != len(batch["id"])):
+            raise ValueError(f"'prompt' of {first!r} and others is {given!r}; expected is a text for each sample.")
 
     def check_guidance(self, scale: float, dropout: float) -> None:
         """Refuse guidance away from an empty prompt that is learned, but not trained."""
@@ -143,22 +190,36 @@ class Prompts(nn.Module):
                 "reference_behaviour makes it). Set guidance_scale=1, or text_dropout above 0."
             )
 
-    def _table(self, device: torch.device, sampling: bool) -> Tensor:
-        if self.learned is not None:
-            return self.learned[:-1]
-        text = f"{self.template}{self.sampling_suffix if sampling else ''}"
+    def _texts(self) -> tuple[str, ...]:
+        """The template for each group, and last for unknown ones."""
+        template = str(self.template)
         if not self.num_groups:
-            return self._own(text, device=device)
+            return (template,)
         if self.names is None or len(self.names) != self.num_groups:
             raise ValueError(
                 f"the prompt '{self.template}' names one of {self.num_groups} groups, whose names are {self.names}: "
                 "give group_names, or a data module that has attribute_groups."
             )
-        return self._own(*(text.replace(GROUP, name) for name in (*self.names, UNKNOWN_GROUP)), device=device)
+        return tuple(template.replace(GROUP, name) for name in (*self.names, UNKNOWN_GROUP))
 
     def _own(self, *texts: str, device: torch.device) -> Tensor:
         assert self.encoder is not None, "only a text encoder knows what a text means"
         return self.encoder.keep(texts, device)
+
+
+def folder_prompt(folder: str | PurePosixPath) -> str:
+    """``modality,organ,category`` of an image's folder below the data set's root: ``MR/af/post_op`` is of an ankle.
+
+    Zhang et al., *DiffBoost*, arXiv:2310.12868, for RadImageNet. Its code spells :data:`ABBREVIATIONS` out in the
+    middle of a path only; here they are anywhere.
+
+    Raises:
+        ValueError: for no folder, an absolute one, or one with ``..``.
+    """
+    parts = PurePosixPath(folder).parts
+    if not parts or parts[0] == "/" or ".." in parts:
+        raise ValueError(f"folder '{folder}': expected is one below the data set's root, as 'MR/hip/normal' is.")
+    return ",".join(ABBREVIATIONS.get(part, part).replace("_", " ") for part in parts)
 
 
 def _fitting(learned: Tensor, shape: tuple[int, int, int]) -> Tensor:

@@ -30,11 +30,13 @@ class TextureBank(nn.Module):
 
     Attributes:
         histograms: (N, classes * bins), of the lesions that were measured.
+        groups: (N,) int64, the group of each of them, -1 when unknown.
         centroids: (count, classes * bins), means of the clusters.
         exemplars: (count, classes * bins), the lesion nearest to each.
     """
 
     histograms: Tensor
+    groups: Tensor
     centroids: Tensor
     exemplars: Tensor
 
@@ -42,11 +44,12 @@ class TextureBank(nn.Module):
         super().__init__()
         self.classes, self.bins = classes, bins
         self.register_buffer("histograms", torch.zeros(0, classes * bins))
+        self.register_buffer("groups", torch.zeros(0, dtype=torch.int64))
         for name in ("centroids", "exemplars"):
             self.register_buffer(name, torch.zeros(count, classes * bins))
 
-    def measure(self, histograms: Tensor) -> None:
-        """Keep the histograms (N, classes * bins) of the training lesions, and find prototypes.
+    def measure(self, histograms: Tensor, groups: Tensor | None = None) -> None:
+        """Keep the histograms (N, classes * bins) of the training lesions, and their groups (N,), and find prototypes.
 
         Raises:
             ValueError: for fewer lesions than prototypes.
@@ -61,30 +64,35 @@ class TextureBank(nn.Module):
         nearest = ((found[:, None] - centroids) ** 2).sum(-1).argmin(0)
         device = self.histograms.device
         self.histograms = histograms.float().to(device)
+        unknown = torch.full((len(histograms),), -1, dtype=torch.int64)
+        self.groups = (unknown if groups is None else groups).to(device)
         self.centroids.copy_(torch.from_numpy(centroids))
         self.exemplars.copy_(self.histograms[torch.from_numpy(nearest).to(device)])
 
-    def draw(self, texture: str, random: Generators, amount: float = 0.1) -> Tensor:
+    def draw(self, texture: str, random: Generators, groups: Tensor | None = None, amount: float = 0.1) -> Tensor:
         """A histogram (B, classes * bins) for each generator.
 
         Args:
             texture: ``cluster:<k>`` or ``exemplar:<k>``, a prototype; ``random``, any centroid; ``empirical``, any
-                training lesion as it is.
+                training lesion as it is; ``group``, any training lesion of the sample's group.
             random: one for each sample.
+            groups: (B,) group of each sample, for ``group``; any lesion where it is -1.
             amount: largest relative change of a bin of a prototype, see
                 :func:`~fairdiff_lightning.diffusion.lesion_histogram.jitter`.
 
         Raises:
-            ValueError: for another name, a prototype that there is not, or before anything was measured.
+            ValueError: for another name, a prototype or a group that there is not, or before anything was measured.
         """
         if not len(self.histograms):
             raise ValueError(f"texture={texture!r}: no training lesion was measured; train first, or give histograms.")
         if texture == "empirical":
             return self.histograms[self._indices(len(self.histograms), random)]
+        if texture == "group":
+            return self._of_groups(groups, random)
         chosen = _PROTOTYPE.fullmatch(texture)
         if texture != "random" and not chosen:
             raise ValueError(
-                f"texture {texture!r}; expected is 'cluster:<k>', 'exemplar:<k>', 'random' or 'empirical'."
+                f"texture {texture!r}; expected is 'cluster:<k>', 'exemplar:<k>', 'random', 'empirical' or 'group'."
             )
         table = self.exemplars if chosen and chosen[1] == "exemplar" else self.centroids
         index = self._indices(len(table), random) if chosen is None else [int(chosen[2])] * len(random)
@@ -92,6 +100,15 @@ class TextureBank(nn.Module):
             raise ValueError(f"texture {texture!r}: there are {len(table)}, counted from 0, from dark to bright.")
         rows = table[index].view(len(random), self.classes, self.bins)
         return jitter(rows, gaussian(rows, random), amount).flatten(1)
+
+    def _of_groups(self, groups: Tensor | None, random: Generators) -> Tensor:
+        asked = [-1] * len(random) if groups is None else groups.tolist()
+        members = {g: ((self.groups == g) | (g == -1)).nonzero().flatten() for g in set(asked)}
+        empty = sorted(g for g, found in members.items() if not len(found))
+        if empty:
+            raise ValueError(f"texture 'group': no training lesion is of group {empty}, so its texture is not known.")
+        rows = [members[g][self._indices(len(members[g]), [one])] for g, one in zip(asked, random, strict=True)]
+        return self.histograms[torch.cat(rows)]
 
     @staticmethod
     def _indices(count: int, random: Generators) -> list[int]:
@@ -101,4 +118,5 @@ class TextureBank(nn.Module):
         saved = state_dict.get(f"{prefix}histograms")
         if saved is not None and saved.shape[1:] == self.histograms.shape[1:]:  # as many as that run had
             self.histograms = self.histograms.new_zeros(saved.shape)
+            self.groups = self.groups.new_zeros(len(saved))
         super()._load_from_state_dict(state_dict, prefix, *rest)

@@ -6,6 +6,7 @@ import json
 import math
 import re
 
+import numpy as np
 import pytest
 import torch
 from callback_fakes import NAN, Data, Foreign, sample, trainer
@@ -301,6 +302,25 @@ def test_pictures_are_small_and_show_the_region_of_the_image():
     assert (picture.prediction == picture.truth).all()
 
 
-def test_volumes_have_no_picture():
-    batch = {"image": torch.rand(1, 1, 4, 5, 6), "mask": torch.zeros(1, 1, 4, 5, 6)}
-    assert take_picture({"prediction": batch["mask"]}, batch, 0) is None
+def test_volumes_show_three_planes_through_the_lesion_to_scale():
+    image, mask = torch.zeros(1, 1, 8, 10, 4), torch.zeros(1, 1, 8, 10, 4, dtype=torch.int64)
+    mask[..., 2:4, 5:9, 1:3] = 1
+    image[mask > 0] = 1
+    batch = {"image": image, "mask": mask, "spacing": torch.tensor([[1.0, 1.0, 2.0]])}
+    picture = take_picture({"prediction": mask}, batch, 0)
+    assert picture.image.shape == (1, 8, 10 + 10 + 8)
+    assert picture.truth.sum() == 2 * 4 + 4 * 4 + 2 * 4, "depth of 2 voxels is 4 wide at twice the spacing"
+    assert np.array_equal(picture.truth, picture.prediction)
+    assert np.array_equal(picture.image[0] > 0.5, picture.truth[0] > 0)
+
+
+def test_predictions_at_native_size_are_shown_where_the_network_looked():
+    native = torch.zeros(1, 1, 12, 12, 8, dtype=torch.int64)
+    native[..., 5:7, 5:7, 3:5] = 1
+    affine, moved = torch.eye(4, dtype=torch.float64)[None], torch.eye(4, dtype=torch.float64)[None].clone()
+    moved[0, :3, 3] = 2
+    block = native[..., 2:10, 2:10, 2:8]
+    batch = {"image": block.float(), "mask": block, "native_mask": native, "affine": moved, "native_affine": affine}
+    picture = take_picture({"prediction": native}, batch, 0)
+    assert picture.truth.any()
+    assert np.array_equal(picture.truth, picture.prediction)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from fairdiff_lightning.data import HAM10000, SegmentationDataset, collate
+from fairdiff_lightning.data import HAM10000, PictureFrame, SegmentationDataset, collate
 from fairdiff_lightning.data.cache import ArrayCache, DiskAllocator, NoCache, allocate_in_memory, fingerprint
 
 LAYOUT = {"images": ((1, 2, 2), np.uint8), "masks": ((2, 2), np.uint8)}
@@ -36,7 +36,7 @@ def records(tmp_path, monkeypatch):
 
 
 def dataset(records, cache, size=(8, 12)):
-    return SegmentationDataset(Counting(), records, ["age"], size, cache=cache)
+    return SegmentationDataset(Counting(), records, ["age"], PictureFrame(size), cache=cache)
 
 
 @pytest.mark.parametrize("cache", ["none", "memory", "disk"])

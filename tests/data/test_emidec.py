@@ -182,7 +182,9 @@ def test_the_phantom_splits_as_published_and_its_normal_hearts_are_backgrounds(t
     splits = split_records(index.records, (0.8, 0.2, 0), 0)
     check_disjoint(splits)
     assert {r.id for r in splits["test"]} == {f"Case_{name}" for name in TEST_CASES[:5]}
-    assert len(data.backgrounds(tmp_path)) == 6
+    healthy = data.backgrounds(tmp_path)
+    assert len(healthy) == 6
+    assert np.unique(data.read_labels(healthy[0]).array).tolist() == [0, 1, 2]
     image, mask = data.read_volumes(index.records[3])
     assert (image.shape, image.array.min(), image.array.max()) == ((80, 76, 10), 0, 1)
     np.testing.assert_allclose(image.spacing, (1.5, 1.5, 10))

@@ -253,7 +253,8 @@ def test_min_snr_weighs_each_sample_by_its_step(sd):
 def test_text_dropout_replaces_prompts_by_the_empty_one(sd):
     module = latent(sd, text_dropout=0.25)
     prompts = module._prompts_of(batch()).expand(-1, -1, -1).repeat(400, 1, 1)
-    dropped = (module._drop(prompts) == module.prompts.empty(module.device)).flatten(1).all(1)
+    dropped = (module.prompts.drop(prompts, module.text_dropout) == module.prompts.empty(module.device)).flatten(1)
+    dropped = dropped.all(1)
     assert 0.2 < dropped.float().mean() < 0.3
     assert latent(sd, reference_behaviour=True).text_dropout == 0
 
@@ -337,7 +338,8 @@ def test_guidance_in_one_pass_equals_two(sd):
     torch.testing.assert_close(module.decode(latents), guided, atol=1e-4, rtol=0)
 
 
-def test_grey_images_pass_a_base_of_three_channels(sd):
+def test_grey_images_pass_a_base_of_three_channels(sd, reference):
+    assert reference("diffboost")["gray_decoder"]["equals_unweighted_mean_of_conv_out"]
     module = latent(sd)
     seen = []
     module.vae.encoder.register_forward_pre_hook(lambda m, arguments: seen.append(arguments[0]))
@@ -431,6 +433,78 @@ def test_the_reference_appends_its_quality_words_to_the_positive_prompt(sd):
     assert torch.equal(plain, module.prompts.encode(["fundus"], module.device))
     sampling = module._prompts_of(batch(1), sampling=True)
     assert torch.equal(sampling, module.prompts.encode(["fundus, low quality, blurry"], module.device))
+
+
+def test_a_samples_own_prompt_wins_where_a_text_encoder_reads_it(sd):
+    module = latent(sd)
+    texts = ["left eye", "right eye", "eye"]
+    own = module._prompts_of(batch(prompt=texts))
+    assert torch.equal(own, module.prompts.encode(texts, module.device))
+    assert not torch.equal(own, module._prompts_of(batch()))
+    learned = tiny()
+    assert torch.equal(learned._prompts_of(batch(prompt=texts)), learned._prompts_of(batch()))
+
+
+@pytest.mark.parametrize("prompt", [["left eye"], "eye"])
+def test_another_number_of_prompts_than_samples_is_refused(sd, prompt):
+    with pytest.raises(ValueError, match=r"'prompt' of 's0' and others is .*; expected is a text for each sample"):
+        latent(sd).generate(batch(prompt=prompt))
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_mixture_is_for_samples_and_not_for_training(sd, own):
+    plain, mixed = latent(sd), latent(sd, prompt_mixture={"{prompt}": 0.25, "grey": 0.5})
+    made = batch(prompt=["left", "right", "left"]) if own else batch()
+    assert torch.equal(mixed._prompts_of(made), plain._prompts_of(made))
+    expected = 0.25 * plain._prompts_of(made) + 0.5 * plain.prompts.encode(["grey"], plain.device)
+    torch.testing.assert_close(mixed._prompts_of(made, sampling=True), expected)
+    assert not torch.equal(mixed.eval().generate(made)["image"], plain.eval().generate(made)["image"])
+
+
+def test_a_mixture_of_fifty_samples_encodes_each_text_once(sd):
+    module = latent(sd, prompt="mri", negative_prompt="low", condition="edge", prompt_mixture="diffboost", num_steps=1)
+    seen = []
+    module.prompts.encoder.encoder.register_forward_hook(lambda m, given, output: seen.append(len(given[0])))
+    made = batch(50, edge=torch.rand(50, 1, 24, 16)) | {"seed": torch.arange(50)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of texts that this tokenizer of letters finds long
+        first = module._prompts_of(made, sampling=True)
+        module.prompts.negative(module.device)
+        assert torch.equal(module._prompts_of(made, sampling=True), first)
+    assert sum(seen) == 53, "the prompt, fifty phrases, the constant text and the negative prompt"
+    assert len({tuple(row.flatten().tolist()) for row in first}) > 40, "phrases beginning alike are cut to one"
+
+
+def test_noises_are_shared_only_when_asked_for():
+    made = batch(2, mask=batch(1)["mask"].repeat(2, 1, 1, 1), attributes={"race": torch.tensor([1, 1])})
+    made["seed"] = torch.tensor([3, 53])
+    one, other = tiny().eval().generate(made)["image"]
+    assert not torch.equal(one, other)
+    one, other = tiny(shared_noises=50).eval().generate(made)["image"]
+    torch.testing.assert_close(one, other)
+    alone = tiny().eval().generate({k: _rows(v, 0) for k, v in made.items()})["image"]
+    torch.testing.assert_close(one, alone[0])
+
+
+def test_the_reference_for_edges_is_diffboosts(sd):
+    module = latent(sd, condition="edge", prompt="mri", reference_behaviour=True)
+    assert (module.text_dropout, module.shared_noises) == (0, 50)
+    assert list(module.prompts.mixture.weights.values()) == [0.045, 0.005, 0.95]
+    assert latent(sd, reference_behaviour=True).shared_noises is None
+    chosen = latent(sd, reference_behaviour=True, prompt_mixture={"{prompt}": 1.0})
+    assert list(chosen.prompts.mixture.weights) == ["{prompt}"]
+
+
+@pytest.mark.parametrize("sampler", ["DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "LCMScheduler"])
+def test_few_step_solvers_sample_under_edges(sampler):
+    module = tiny(condition="edge", sampler=sampler, num_steps=4).eval()
+    calls = []
+    module.unet.register_forward_hook(lambda m, given, output: calls.append(len(given[0])))
+    image = module.generate(batch(edge=torch.rand(3, 1, 24, 16)))["image"]
+    assert calls == [6] * 4, "both branches of guidance in one pass"
+    assert bool(torch.isfinite(image).all())
+    other = module.generate(batch(edge=torch.rand(3, 1, 24, 16)))["image"]
+    assert not torch.equal(image, other)
 
 
 def test_unknown_groups_have_a_learned_prompt_of_their_own():
@@ -734,8 +808,11 @@ def test_requests_without_a_condition_are_refused():
             answer(made)
     with pytest.raises(ValueError, match=r"'edge' of 's0' has shape \(3, 1, 8, 8\)"):
         tiny(condition="edge").generate(batch(edge=torch.zeros(3, 1, 8, 8)))
-    with pytest.raises(ValueError, match="condition='edge' needs 'edge'"):
+    with pytest.raises(ValueError, match=r"condition='edge' needs 'edge'\. Give the data module its option `edges`"):
         tiny(condition="edge").generate(batch())
+    for value in (255.0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match=r"'edge' of 's0' has values in .*; edges are in \[0, 1\]"):
+            tiny(condition="edge").losses(batch(edge=torch.full((3, 1, 24, 16), value)))
 
 
 def test_training_samples_of_another_size_or_class_are_refused():
@@ -764,6 +841,9 @@ def test_training_samples_of_another_size_or_class_are_refused():
         ({"scheduler": "FlowMatchEulerDiscreteScheduler"}, "cannot be trained with"),
         ({"trained": "controlnet"}, "base='tiny' has no trained weights to keep; train 'all' of it"),
         ({"sampler": "NoScheduler"}, "scheduler 'NoScheduler' is not known"),
+        ({"prompt_mixture": "diffboost"}, r"prompt_mixture=\{.*'gray, sketch': 0\.95\}: the base has no text encoder"),
+        ({"prompt_mixture": "emit"}, "prompt_mixture='emit': expected is one of fairdiff, diffboost"),
+        ({"shared_noises": 0}, "shared_noises=0: give 1 or more"),
     ],
 )
 def test_arguments_that_contradict_are_refused(arguments, message):

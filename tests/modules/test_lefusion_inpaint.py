@@ -145,5 +145,5 @@ def test_what_cannot_be_built_is_refused(arguments, message):
 def test_an_empty_mask_is_refused_by_its_sample():
     asked = requests()
     asked["mask"][1] = 0
-    with pytest.raises(ValueError, match="mask of sample 1 is empty"):
+    with pytest.raises(ValueError, match="masks of s1 have no voxel of the lesion classes"):
         measured().generate(asked)

@@ -1,4 +1,6 @@
+import warnings
 from contextlib import nullcontext
+from pathlib import PurePosixPath
 from types import SimpleNamespace
 
 import pytest
@@ -6,7 +8,8 @@ import torch
 from torch import nn
 
 from fairdiff_lightning.networks import prompts
-from fairdiff_lightning.networks.prompts import PromptEncoder, Prompts
+from fairdiff_lightning.networks.prompt_mixture import PromptMixture
+from fairdiff_lightning.networks.prompts import PromptEncoder, Prompts, folder_prompt
 
 CPU = torch.device("cpu")
 
@@ -77,3 +80,60 @@ def test_learned_prompts_start_from_given_ones_of_the_same_number():
     assert torch.equal(Prompts("{group}", 2, None, 6, learned=learned).learned, learned)
     with pytest.raises(ValueError, match=r"shape \(4, 4, 6\), but this module learns \(5, 4, 6\)"):
         Prompts("{group}", 3, None, 6, learned=learned)
+
+
+class Words:
+    """A tokenizer of five tokens that knows no word, as CLIP's would, cut or not."""
+
+    model_max_length = 5
+
+    def __call__(self, texts, padding=False, truncation=False, **_):
+        ids = [[0, *(1 + i for i in range(len(text.split()))), 99] for text in texts]
+        if truncation:
+            ids = torch.tensor([[*(row[:-1] + [99] * 5)[:4], 99] for row in ids])
+        return SimpleNamespace(input_ids=ids)
+
+    def decode(self, tokens):
+        return " ".join(f"word{token}" for token in tokens)
+
+
+def test_what_the_text_encoder_does_not_see_of_a_prompt_is_said():
+    encoder = PromptEncoder(Words(), Lengths())
+    with pytest.warns(UserWarning, match="'a b c d e' has 7 tokens .* reads 5: 'word4 word5' is not seen. Shorten"):
+        encoder(["a b c d e"], CPU)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        encoder(["a b c", "a b c d e"], CPU)  # one is whole, the other has been said
+
+
+def test_samples_of_groups_are_mixed_each_by_its_text_and_seed():
+    own = Prompts("of {group}", 2, PromptEncoder(tokenizer, Lengths()), 2, mixture=PromptMixture({"{prompt}!": 0.5}))
+    own.names = ["a", "bb"]
+    texts = own.texts(torch.tensor([1, -1, 0]))
+    assert texts == ["of bb", "of unknown", "of a"]
+    assert own.encode(texts, CPU, torch.arange(3))[:, 0, 0].tolist() == [3, 5.5, 2.5]
+    assert own.encode(texts, CPU)[:, 0, 0].tolist() == [5, 10, 4], "training sees the prompt alone"
+
+
+def test_a_mixture_without_a_text_encoder_is_refused():
+    with pytest.raises(ValueError, match=r"prompt_mixture=\{'\{prompt\}': 1\.0\}: the base has no text encoder"):
+        Prompts("", 0, None, 6, mixture=PromptMixture({"{prompt}": 1.0}))
+
+
+@pytest.mark.parametrize(
+    ("folder", "prompt"),
+    [
+        ("MR/hip/normal", "MR,hip,normal"),
+        ("CT/abd/normal", "CT,abdomen,normal"),
+        ("MR/af/osseous_disruption", "MR,ankle,osseous disruption"),
+        (PurePosixPath("US/gb"), "US,gallbladder"),
+    ],
+)
+def test_a_folder_says_modality_organ_and_category(folder, prompt):
+    assert folder_prompt(folder) == prompt
+
+
+@pytest.mark.parametrize("folder", ["", "/data/MR/hip", "../MR/hip"])
+def test_a_folder_that_is_not_below_the_root_is_refused(folder):
+    with pytest.raises(ValueError, match="expected is one below the data set's root"):
+        folder_prompt(folder)

@@ -54,6 +54,25 @@ def test_another_bank_loads_as_many_lesions_as_there_were(bank):
     )
 
 
+def test_groups_have_the_textures_of_their_own_lesions():
+    bank = TextureBank(2, classes=1, bins=16)
+    bank.measure(
+        torch.cat([peaks(12, 9, 0), peaks(2, 5, 1), peaks(7, 7, 2)]), torch.tensor([2] * 9 + [0] * 5 + [-1] * 7)
+    )
+    asked, random = torch.tensor([0, 2, 0, -1, 2]), torch.arange(5)
+    found = bank.draw("group", generators(random), asked)
+    assert found.argmax(1)[asked >= 0].tolist() == [2, 12, 2, 12]
+    alone = [bank.draw("group", generators(random[i : i + 1]), asked[i : i + 1]) for i in range(5)]
+    assert torch.equal(torch.cat(alone), found)
+    again = TextureBank(2, classes=1, bins=16)
+    again.load_state_dict(bank.state_dict())
+    assert torch.equal(again.draw("group", generators(random), asked), found)
+    anyone = bank.draw("group", generators(torch.arange(60)))
+    assert set(anyone.argmax(1).tolist()) == {2, 7, 12}
+    with pytest.raises(ValueError, match=r"no training lesion is of group \[1\]"):
+        bank.draw("group", generators(random[:1]), torch.tensor([1]))
+
+
 def test_unknown_textures_are_refused(bank):
     random = generators(torch.arange(2))
     with pytest.raises(ValueError, match=r"'cluster:3': there are 3, counted from 0"):

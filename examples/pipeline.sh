@@ -1,0 +1,38 @@
+# What the pipelines share: a folder of one run's settings, training that goes on where it stopped, a segmenter trained and tested.
+# Sourced with OUT (the run's folder), DATA (the data's, or empty) and segmenter (its configuration) set.
+data=(${DATA:+"--data.root=$DATA"})
+quiet=(--trainer.enable_progress_bar=false --trainer.enable_model_summary=false)
+start=$SECONDS
+
+begin() { # settings: of all that is in the folder
+  mkdir -p "$OUT"
+  if [ -f "$OUT/settings" ] && [ "$(cat "$OUT/settings")" != "$1" ]; then
+    echo "$OUT was made with $(cat "$OUT/settings"), this run has $1: set OUT to another folder, or remove it." >&2
+    exit 2
+  fi
+  echo "$1" > "$OUT/settings"
+}
+
+say() { printf '\n== %s (%d s)\n' "$1" $((SECONDS - start)); }
+
+checkpoint() { # folder, name: the newest, nothing when there is none
+  if [ -d "$1" ]; then find "$1" -name "$2.ckpt" -exec ls -t {} + | head -n 1; fi
+}
+
+train() { # folder, arguments: begins, or goes on from the last checkpoint
+  local folder=$1; shift
+  local last; last=$(checkpoint "$folder" last)
+  fairdiff fit "$@" "${data[@]}" "${quiet[@]}" "--trainer.default_root_dir=$folder" ${last:+"--ckpt_path=$last"}
+}
+
+generate() { # folder, checkpoint, arguments: samples that exist are not made again
+  local folder=$1 from=$2; shift 2
+  fairdiff predict "$@" "${data[@]}" "${quiet[@]}" "--trainer.default_root_dir=$folder" "--ckpt_path=$from"
+  echo "$(($(wc -l < "$folder/synthetic/manifest.csv") - 1)) samples in $folder/synthetic"
+}
+
+segment() { # name, arguments
+  local folder=$OUT/$1; shift
+  train "$folder" --config "$segmenter" "$@"
+  fairdiff test --config "$segmenter" "${data[@]}" "${quiet[@]}" "--trainer.default_root_dir=$folder" --ckpt_path=last --verbose=false
+}

@@ -1,0 +1,203 @@
+"""Frames: how the image of a file becomes a sample, and what tells the way back to the file's own grid."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fairdiff_lightning.data.cache import Arrays, Layout
+from fairdiff_lightning.data.native import NativeDataset, Record, check_classes
+from fairdiff_lightning.data.resample import to_spacing
+from fairdiff_lightning.data.resize import Resize, centre_region, crop_to, resize_image, resize_mask
+from fairdiff_lightning.data.volume_dataset import VolumeDataset
+from fairdiff_lightning.data.volumes import Size, Volume, block_of, crop_or_pad
+
+Tensors = dict[str, Tensor]
+
+
+class Frame(Protocol):
+    """What part of a file a sample shows, and on which grid; frames that are equal have the same ``repr``."""
+
+    @property
+    def size(self) -> tuple[int, ...] | None:
+        """Sides of every sample; None where each has its own."""
+
+    def decode(self, dataset: NativeDataset, record: Record) -> Arrays:
+        """Arrays of a sample, the image first and the mask second.
+
+        Raises:
+            InvalidSampleError: naming the file and what is wrong with it.
+        """
+
+    def layout(self, channels: int) -> Layout | None:
+        """Shapes and types of the arrays, for a cache; None where samples differ in size."""
+
+    def tensors(self, arrays: Arrays) -> Tensors:
+        """What the arrays are in a sample."""
+
+    def native(self, dataset: NativeDataset, record: Record, arrays: Arrays) -> Tensors:
+        """The mask at the file's own size, and where in the file the sample lies."""
+
+    def condition(self, dataset: NativeDataset, record: Record) -> Tensors:
+        """The mask alone, for generators that follow it."""
+
+
+@dataclass(frozen=True)
+class PictureFrame:
+    """A centre crop of a picture, resized.
+
+    Args:
+        size: height and width of a sample, pixels; None keeps the crop as it is.
+        crop: side of the centre crop that is taken first, pixels.
+        resize: how, see :func:`~fairdiff_lightning.data.resize.resize_image`.
+    """
+
+    size: tuple[int, int] | None = None
+    crop: int | None = None
+    resize: Resize = "area"
+
+    def decode(self, dataset: NativeDataset, record: Record) -> Arrays:
+        """Image (C, H, W) and mask (H, W)."""
+        image, mask = dataset.read_arrays(record)
+        check_classes(mask, len(dataset.classes), str(record.files))
+        cropped = crop_to(image, centre_region(mask.shape, self.crop))
+        return resize_image(cropped, self.size, self.resize), self._framed(mask)
+
+    def layout(self, channels: int) -> Layout | None:
+        """Bytes, or the reference's spline in float32."""
+        if self.size is None:
+            return None
+        dtype = np.dtype(np.uint8 if self.resize == "area" else np.float32)
+        return {"images": ((channels, *self.size), dtype), "masks": (self.size, np.uint8)}
+
+    def tensors(self, arrays: Arrays) -> Tensors:
+        """``image`` in [0, 1] and ``mask``."""
+        image = torch.from_numpy(np.array(arrays[0]))
+        return {"image": image.float().div_(255) if image.dtype == torch.uint8 else image, "mask": _indices(arrays[1])}
+
+    def native(self, dataset: NativeDataset, record: Record, arrays: Arrays) -> Tensors:
+        """``native_mask``, and ``region`` and ``native_size`` in pixels."""
+        mask = dataset.read_mask(record)
+        region = torch.tensor(centre_region(mask.shape, self.crop))
+        return {"native_mask": _indices(mask), "region": region, "native_size": torch.tensor(mask.shape)}
+
+    def condition(self, dataset: NativeDataset, record: Record) -> Tensors:
+        """``mask``, cropped and resized as training sees it."""
+        mask = dataset.read_mask(record)
+        check_classes(mask, len(dataset.classes), str(record.files))
+        return {"mask": _indices(self._framed(mask))}
+
+    def _framed(self, mask: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        return resize_mask(crop_to(mask, centre_region(mask.shape, self.crop)), self.size, self.resize)
+
+
+@dataclass(frozen=True)
+class VolumeFrame:
+    """A block of a volume, resampled, windowed to [0, 1], and cropped or padded with 0 about its centre.
+
+    Args:
+        size: height, width and depth of a sample, voxels; None keeps each volume's own.
+        spacing: of the voxels that it is resampled to, mm; None resamples nothing.
+        foreground: crop to the box in which the image is above the window's low end first.
+        at_least: sides that a smaller volume is padded to where ``size`` is None, voxels.
+    """
+
+    size: Size | None = None
+    spacing: tuple[float, float, float] | None = None
+    foreground: bool = False
+    at_least: Size | None = None
+
+    def decode(self, dataset: NativeDataset, record: Record) -> Arrays:
+        """Image (C, H, W, D) float32 in [0, 1], mask (H, W, D), affine (4, 4) of the sample and of the file."""
+        volumes = cast(VolumeDataset, dataset)
+        channels, mask = volumes.read_aligned(record)
+        check_classes(mask.array, len(dataset.classes), str(record.files))
+        native = channels[0].affine
+        images = [self._windowed(channel, volumes) for channel in channels]
+        if self.spacing is not None:
+            mask = to_spacing(mask, self.spacing, "nearest")
+        if self.foreground:
+            start, size = _box(np.any([image.array > 0 for image in images], axis=0))
+            images, mask = [block_of(image, start, size, 0) for image in images], block_of(mask, start, size, 0)
+        size = self._size(mask.shape)
+        images, mask = [crop_or_pad(image, size, 0) for image in images], crop_or_pad(mask, size, 0)
+        return np.stack([image.array for image in images]), mask.array, images[0].affine, native
+
+    def layout(self, channels: int) -> Layout | None:
+        """Float32 for the image: CT has more levels than a byte."""
+        if self.size is None:
+            return None
+        affine = ((4, 4), np.float64)
+        return {
+            "images": ((channels, *self.size), np.float32),
+            "masks": (self.size, np.uint8),
+            "affines": affine,
+            "native_affines": affine,
+        }
+
+    def tensors(self, arrays: Arrays) -> Tensors:
+        """``image``, ``mask``, ``affine`` and ``spacing``."""
+        image, mask, affine = (np.array(array) for array in arrays[:3])
+        return {"image": torch.from_numpy(image), "mask": _indices(mask), **_place(affine)}
+
+    def native(self, dataset: NativeDataset, record: Record, arrays: Arrays) -> Tensors:
+        """``native_mask``, and ``native_affine`` and ``native_size`` of the file's grid."""
+        mask = dataset.read_mask(record)
+        affine = torch.from_numpy(np.array(arrays[3]))
+        return {"native_mask": _indices(mask), "native_affine": affine, "native_size": torch.tensor(mask.shape)}
+
+    def condition(self, dataset: NativeDataset, record: Record) -> Tensors:
+        """``mask``, ``affine`` and ``spacing``."""
+        if self.foreground:
+            raise ValueError("masks alone have no foreground to crop to; generate without `crop_foreground`.")
+        mask = cast(VolumeDataset, dataset).read_labels(record)
+        check_classes(mask.array, len(dataset.classes), str(record.files))
+        if self.spacing is not None:
+            mask = to_spacing(mask, self.spacing, "nearest")
+        mask = crop_or_pad(mask, self._size(mask.shape), 0)
+        return {"mask": _indices(mask.array), **_place(mask.affine)}
+
+    def background(self, dataset: VolumeDataset, record: Record) -> Volume:
+        """The image alone (H, W, D) in [0, 1], of a record that may have no mask, at its place in the patient."""
+        image = self._windowed(dataset.read_image(record), dataset)
+        return crop_or_pad(image, self._size(image.shape), 0)
+
+    def _windowed(self, image: Volume, dataset: VolumeDataset) -> Volume:
+        if self.spacing is not None:
+            image = to_spacing(image, self.spacing, "bilinear")
+        return image.with_array(dataset.window.to_unit(image.array))
+
+    def _size(self, shape: Size) -> Size:
+        if self.size is not None:
+            return self.size
+        height, width, depth = (max(pair) for pair in zip(shape, self.at_least or shape, strict=True))
+        return height, width, depth
+
+
+def volume_tensors(image: Volume, mask: Volume | None = None) -> Tensors:
+    """A block (H, W, D) in [0, 1], its place, and its mask, as parts of a sample."""
+    found = {"image": torch.from_numpy(image.array)[None], **_place(image.affine)}
+    return found if mask is None else {**found, "mask": _indices(mask.array)}
+
+
+def _indices(mask: NDArray[Any]) -> Tensor:
+    return torch.from_numpy(mask.astype(np.int64))[None]
+
+
+def _place(affine: NDArray[np.float64]) -> Tensors:
+    spacing = np.linalg.norm(affine[:3, :3], axis=0).astype(np.float32)
+    return {"affine": torch.from_numpy(affine), "spacing": torch.from_numpy(spacing)}
+
+
+def _box(inside: NDArray[np.bool_]) -> tuple[list[int], Size]:
+    """First voxel and sides of the box that holds all of ``inside``; of everything where nothing is inside."""
+    found = [np.flatnonzero(inside.any(axis=tuple({0, 1, 2} - {axis}))) for axis in range(3)]
+    if not len(found[0]):
+        return [0, 0, 0], (inside.shape[0], inside.shape[1], inside.shape[2])
+    height, width, depth = (int(along[-1] - along[0]) + 1 for along in found)
+    return [int(along[0]) for along in found], (height, width, depth)

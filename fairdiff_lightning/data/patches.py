@@ -1,0 +1,48 @@
+"""Blocks of training volumes, drawn so that enough of them show what is to be segmented."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fairdiff_lightning.data.volumes import Size
+
+
+@dataclass(frozen=True)
+class PatchSampler:
+    """Draws a block of a volume: around a voxel of the foreground, or anywhere.
+
+    Args:
+        size: height, width and depth of the block, voxels.
+        positive: share of the blocks that are drawn around the foreground.
+
+    Raises:
+        ValueError: for a share outside of [0, 1].
+    """
+
+    size: Size
+    positive: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.positive <= 1:
+            raise ValueError(f"positive={self.positive}; expected is a share of the blocks, 0 to 1.")
+
+    def draw(self, mask: NDArray[np.uint8], generator: torch.Generator | None = None) -> tuple[slice, ...]:
+        """Where the block lies in a mask (H, W, D) that is at least as large.
+
+        Args:
+            mask: class indices.
+            generator: CPU generator of the draws; the global one when None.
+        """
+        around, *place = torch.rand(4, generator=generator, dtype=torch.float64).tolist()
+        room = [full - side for full, side in zip(mask.shape, self.size, strict=True)]
+        voxels = np.flatnonzero(mask) if around < self.positive else ()
+        if len(voxels):
+            centre = np.unravel_index(voxels[int(place[0] * len(voxels))], mask.shape)
+            start = [min(max(int(c) - n // 2, 0), r) for c, n, r in zip(centre, self.size, room, strict=True)]
+        else:
+            start = [int(p * (r + 1)) for p, r in zip(place, room, strict=True)]
+        return tuple(slice(s, s + n) for s, n in zip(start, self.size, strict=True))

@@ -1,0 +1,312 @@
+"""Prostate radiotherapy: planning CT with target contours, T stage and centre, listed in a table."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from fairdiff_lightning.data.dbt import read_table
+from fairdiff_lightning.data.errors import InvalidSampleError
+from fairdiff_lightning.data.native import Index, Record, visible_files
+from fairdiff_lightning.data.phantoms import allocate
+from fairdiff_lightning.data.phantoms_pelvis import SCANNERS, STAGES, ct, grid_affine, pelvis
+from fairdiff_lightning.data.sample import AttributeSpec
+from fairdiff_lightning.data.volume_dataset import VolumeDataset, group_index
+from fairdiff_lightning.data.volume_module import VolumeDataModule
+from fairdiff_lightning.data.volumes import (
+    NIFTI,
+    Volume,
+    Window,
+    check_hu,
+    check_mask,
+    read_notes,
+    read_volume,
+    write_nifti,
+)
+
+TABLE, IMAGES, MASKS = "cases.csv", "images", "masks"
+DICOM = (".dcm", ".dicom")
+COLUMNS: Mapping[str, Sequence[str]] = {"t_stage": STAGES, "centre": ("A", "B")}
+TARGETS = ("CTV.*", "PTV.*")
+PHANTOM_SIZE, PHANTOM_STAGES = (64, 64, 32), {0: 0.1, 1: 0.5, 2: 0.3, 3: 0.1}
+PHANTOM_CASES = (("A", "train", 24), ("A", "test", 8), ("B", "test", 8))
+"""Centre, split, and number of cases."""
+
+
+class Prostate(VolumeDataset):
+    """Planning CT of the prostate with a target volume, in the shape of dMoE's private data (ICML 2025, section 4).
+
+    Layout: ``cases.csv`` with ``id``, ``image`` and ``mask`` (paths below its folder), the columns that are
+    attributes, by the names of their groups, empty where unknown, and optionally ``patient`` and ``split`` (train or
+    test, or nothing). An image is a NIfTI file, or a folder of one DICOM series; a mask is a NIfTI file, or an RTSTRUCT
+    (``.dcm``) of which the structures that match are joined. A row without a mask is left out. Without the table,
+    ``images/<id>.nii.gz`` and ``masks/<id>.nii.gz`` are paired, as samples are written.
+
+    Args:
+        columns: columns of the table that are attributes -> names of their groups.
+        classes: names of the mask's values, background first.
+        binary: take every value above 0 for the target, as dMoE does with CTV, PTV and GTV; needs two classes.
+        structures: regular expressions of the whole names of the structures of an RTSTRUCT that are joined to the
+            target, in capitals or not.
+        window: HU that are [0, 1] in a sample; the default is the paper's.
+        hu_offset: HU of what is stored as 0, for files whose offset was never applied (-1024, or -1000).
+        ignore_mask_affine: take the image's affine for its mask too; the shapes must agree all the same.
+
+    Raises:
+        ValueError: for ``binary`` with other than two classes.
+    """
+
+    name: ClassVar[str] = "Prostate"
+    expected_tree: ClassVar[str] = (
+        f"  {TABLE}    id, image, mask, and the attributes (t_stage, centre); patient and split are optional\n"
+        "  <image>      a NIfTI file, or a folder of one DICOM series of CT, for each row\n"
+        "  <mask>       a NIfTI file, or an RTSTRUCT (.dcm), for each row\n"
+        f"or, without the table, {IMAGES}/<id>.nii.gz and {MASKS}/<id>.nii.gz"
+    )
+    source: ClassVar[str] = (
+        "The prostate CT of dMoE is private; give your own in this layout. MR of the prostate is Task05 of the Medical "
+        "Segmentation Decathlon, see DecathlonDataModule."
+    )
+
+    def __init__(
+        self,
+        columns: Mapping[str, Sequence[str]] = COLUMNS,
+        classes: Sequence[str] = ("background", "target"),
+        binary: bool = True,
+        structures: Sequence[str] = TARGETS,
+        window: tuple[float, float] = (-200, 250),
+        hu_offset: float | None = None,
+        ignore_mask_affine: bool = False,
+    ) -> None:
+        if binary and len(classes) != 2:
+            raise ValueError(f"binary=True with the classes {list(classes)}; expected are two, or binary=False.")
+        self.columns = {name: tuple(groups) for name, groups in columns.items()}
+        self.classes = tuple(classes)  # type: ignore[misc] # of the reader, not of its class
+        self.window = Window(*window)  # type: ignore[misc]
+        self.binary, self.structures, self.hu_offset = binary, tuple(structures), hu_offset
+        self.ignore_mask_affine = ignore_mask_affine
+
+    @property
+    def attributes(self) -> dict[str, AttributeSpec]:
+        """What ``columns`` names."""
+        return {name: AttributeSpec(name, groups) for name, groups in self.columns.items()}
+
+    def index(self, root: Path) -> Index:
+        """List the rows of the table, or the pairs; a row without one of its files is an error of that row."""
+        if not (root / TABLE).is_file():
+            return self._index_pairs(root)
+        records, errors, left_out = [], [], Counter[str]()
+        for number, row in enumerate(self._read_table(root / TABLE)):
+            if not row["mask"]:
+                left_out[f"rows of {TABLE} without a mask"] += 1
+                continue
+            try:
+                records.append(self._record(root, row, f"{root / TABLE}, row {number + 2}"))
+            except InvalidSampleError as error:
+                errors.append(error)
+        return Index(records, dict(left_out), errors)
+
+    def read_image(self, record: Record) -> Volume:
+        """Read the CT in HU, float32, in RAS order."""
+        file = record.files["image"]
+        volume = read_volume(file)
+        if record.synthetic:  # a small block may hold neither air nor fat
+            return volume.with_array(volume.array.astype(np.float32))
+        return volume.with_array(check_hu(volume.array, file, self.hu_offset).astype(np.float32))
+
+    def read_labels(self, record: Record) -> Volume:
+        """Read the mask, or join the structures on the grid of the image, in RAS order."""
+        file = record.files["mask"]
+        if _is_dicom(file):
+            return self._structures(file, self.read_image(record))
+        mask = read_volume(file)
+        return check_mask(_joined(mask, file) if self.binary else mask, len(self.classes), file)
+
+    def read_volumes(self, record: Record) -> tuple[Volume, Volume]:
+        """Read image and mask, on one grid."""
+        if not _is_dicom(record.files["mask"]):
+            return super().read_volumes(record)
+        image = self.read_image(record)
+        return image, self._structures(record.files["mask"], image)
+
+    def write_volumes(self, directory: Path, sample_id: str, image: Volume, mask: Volume, **notes: Any) -> Path:
+        """Store a CT (HU, rounded to int16) and its mask as ``images/<id>.nii.gz`` and ``masks/<id>.nii.gz``.
+
+        What a table would say of it stands in the header of the image.
+        """
+        write_nifti(directory / MASKS / f"{sample_id}.nii.gz", mask.with_array(mask.array.astype(np.uint8)))
+        stored = image.with_array(np.round(image.array).astype(np.int16))
+        return write_nifti(directory / IMAGES / f"{sample_id}.nii.gz", stored, {"id": sample_id, **notes})
+
+    def write_mask(
+        self, directory: Path, sample_id: str, mask: NDArray[np.uint8], affine: NDArray[np.float64] | None = None
+    ) -> Path:
+        """Store a mask (H, W, D) as ``masks/<id>.nii.gz``."""
+        volume = Volume(mask.astype(np.uint8), np.eye(4) if affine is None else affine)
+        return write_nifti(directory / MASKS / f"{sample_id}.nii.gz", volume)
+
+    def write_prediction(self, directory: Path, record: Record, mask: NDArray[np.uint8]) -> Path:
+        """Store a predicted mask (H, W, D) as ``masks/<id>.nii.gz``, voxel for voxel as the image's own file."""
+        return write_nifti(directory / MASKS / f"{record.id}.nii.gz", labels_on(self.read_image(record), mask))
+
+    def write_phantom(self, root: Path, seed: int) -> None:
+        """Write 24 training cases of centre A and 8 test cases each of A and B; stages 10, 50, 30 and 10 %."""
+        rows = []
+        for number, (stage, centre, split) in enumerate(_phantom_cases()):
+            rng = np.random.default_rng([seed, number])
+            scanner = SCANNERS["AB".index(centre)]
+            affine = grid_affine(PHANTOM_SIZE, scanner.spacing)
+            drawn = pelvis(rng, PHANTOM_SIZE, affine)
+            image = Volume(ct(rng, drawn.tissue, scanner), affine).reoriented(scanner.axes)
+            mask = Volume(drawn.targets[stage].astype(np.uint8), affine).reoriented(scanner.axes)
+            name = f"{centre}{number + 1:03d}"
+            self.write_volumes(root, name, image, mask)
+            files = {"image": f"{IMAGES}/{name}.nii.gz", "mask": f"{MASKS}/{name}.nii.gz"}
+            rows.append({"id": name, **files, "t_stage": STAGES[stage], "centre": centre, "split": split})
+        pd.DataFrame(rows).to_csv(root / TABLE, index=False)
+
+    def _structures(self, file: str, image: Volume) -> Volume:
+        from fairdiff_lightning.data.rtstruct import read_structures
+
+        return read_structures(file, image, self.structures)
+
+    def _read_table(self, path: Path) -> list[dict[str, str]]:
+        """The rows, of which everything but the files is checked."""
+        table = read_table(path, ("id", "image", "mask", *self.columns))
+        for column in ("id", "image"):
+            blank = table.index[table[column] == ""]
+            if len(blank):
+                raise InvalidSampleError(f"{path}[{column}], row {blank[0] + 2}", "nothing", f"an {column} in each row")
+        repeated = table["id"][table["id"].duplicated()]
+        if len(repeated):
+            raise InvalidSampleError(f"{path}[id]", f"{repeated.iloc[0]!r} twice", "one row for each image")
+        for name, groups in {**self.columns, "split": ("train", "test")}.items():
+            check_groups(table, name, groups, path)
+        return [{str(name): value for name, value in row.items()} for row in table.to_dict("records")]
+
+    def _index_pairs(self, root: Path) -> Index:
+        images, masks = _nifti(root / IMAGES), _nifti(root / MASKS)
+        if not images:
+            raise self.not_found(root, f"no {TABLE} and no {IMAGES}" if root.is_dir() else "no such folder")
+        lone = sorted(images.keys() ^ masks.keys())
+        errors = [
+            InvalidSampleError((images | masks)[stem], f"no {MASKS if stem in images else IMAGES} of its name", "both")
+            for stem in lone
+        ]
+        rows = ({"id": stem, "image": str(images[stem]), "mask": str(masks[stem])} for stem in images if stem in masks)
+        return Index([self._record(root, row, row["image"]) for row in rows], {}, errors)
+
+    def _record(self, root: Path, row: Mapping[str, str], where: str) -> Record:
+        files = {role: root / row[role] for role in ("image", "mask")}
+        for role, file in files.items():
+            if not file.exists():
+                raise InvalidSampleError(f"{where}, {role}", f"no file '{file}'", f"the path below '{root}'")
+        notes = {} if files["image"].is_dir() else read_notes(files["image"])
+        said = notes | {name: group for name, group in row.items() if group}
+        synthetic = bool(notes.get("synthetic", False))
+        return Record(
+            id=row["id"],
+            files={role: str(file) for role, file in files.items()},
+            attributes={name: group_index(spec, said.get(name)) for name, spec in self.attributes.items()},
+            unit=row.get("patient") or row["id"],
+            split=None if synthetic else row.get("split") or None,
+            synthetic=synthetic,
+            source=notes.get("source"),
+        )
+
+
+class ProstateDataModule(VolumeDataModule):
+    """Planning CT for segmentation, as dMoE trains on it: 1 x 1 x 3 mm, blocks around the target, by T stage.
+
+    Args:
+        root: folder with ``cases.csv``; None writes and uses a phantom.
+        attributes: attributes to report and to route by; the first is the one that ``balance`` balances.
+        image_size: height, width and depth of a sample, voxels; None keeps each volume's own.
+        batch_size: samples in a batch, on each device.
+        num_workers: loader processes.
+        spacing: of the voxels that volumes are resampled to, mm; None resamples nothing.
+        crop_foreground: crop to the box in which the image is above the window's low end first.
+        patch_size: height, width and depth of the block that training sees.
+        positive: share of these blocks that lie around the target.
+        columns: columns of the table that are attributes -> names of their groups.
+        classes: names of the mask's values, background first.
+        binary: take every value above 0 for the target.
+        structures: regular expressions of the names of the structures of an RTSTRUCT that are joined to the target.
+        window: HU that are [0, 1] in a sample.
+        hu_offset: HU of what is stored as 0, for files whose offset was never applied.
+        ignore_mask_affine: take the image's affine for its mask too.
+        **kwargs: arguments of :class:`~fairdiff_lightning.data.volume_module.VolumeDataModule`.
+    """
+
+    def __init__(
+        self,
+        root: str | None = None,
+        attributes: Sequence[str] = ("t_stage",),
+        image_size: tuple[int, int, int] | None = None,
+        batch_size: int = 4,
+        num_workers: int = 0,
+        spacing: tuple[float, float, float] | None = (1.0, 1.0, 3.0),
+        crop_foreground: bool = True,
+        patch_size: tuple[int, int, int] | None = (384, 384, 128),
+        positive: float = 10 / 11,
+        columns: Mapping[str, Sequence[str]] = COLUMNS,
+        classes: Sequence[str] = ("background", "target"),
+        binary: bool = True,
+        structures: Sequence[str] = TARGETS,
+        window: tuple[float, float] = (-200, 250),
+        hu_offset: float | None = None,
+        ignore_mask_affine: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        dataset = Prostate(columns, classes, binary, structures, window, hu_offset, ignore_mask_affine)
+        frame = (image_size, batch_size, num_workers, spacing, crop_foreground, patch_size, positive)
+        super().__init__(dataset, root, attributes, *frame, **kwargs)
+
+
+def check_groups(table: pd.DataFrame, name: str, groups: Sequence[str], path: Path) -> None:
+    """Check that a column, where the table has it, holds nothing but groups and empty cells.
+
+    Raises:
+        InvalidSampleError: with the row and the value found.
+    """
+    for number, group in enumerate(table[name] if name in table.columns else ()):
+        if group and group not in groups:
+            where = f"{path}[{name}], row {number + 2}"
+            raise InvalidSampleError(where, f"{group!r}", f"one of {', '.join(groups)}, or nothing")
+
+
+def labels_on(image: Volume, mask: NDArray[np.uint8]) -> Volume:
+    """Place a mask (H, W, D) on the grid of an image, to be written in the order and with the header of its file."""
+    native = image.native
+    if native is not None:
+        native = replace(native, dtype=np.dtype(np.uint8), slope=1.0, intercept=0.0, slices=())
+    return replace(image.with_array(mask.astype(np.uint8)), native=native)
+
+
+def _joined(mask: Volume, where: str) -> Volume:
+    values = np.unique(mask.array)
+    if not (np.equal(values, np.round(values)).all() and values[0] >= 0):
+        raise InvalidSampleError(where, f"mask values {values[:8].tolist()}", "0 and whole numbers above it")
+    return mask.with_array((mask.array > 0).astype(np.uint8))
+
+
+def _nifti(folder: Path) -> dict[str, Path]:
+    """Stem -> file, in order."""
+    return {p.name.split(".nii")[0]: p for p in visible_files(folder, "*") if p.name.endswith(NIFTI)}
+
+
+def _is_dicom(file: str) -> bool:
+    return file.lower().endswith(DICOM)
+
+
+def _phantom_cases() -> Iterator[tuple[int, str, str]]:
+    """Stage, centre and split of each case."""
+    for centre, split, count in PHANTOM_CASES:
+        yield from ((stage, centre, split) for stage in allocate(count, PHANTOM_STAGES))

@@ -1,0 +1,28 @@
+"""One pass over the training data of all processes, before the first step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import cast
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+from torchmetrics.utilities.distributed import gather_all_tensors
+
+from fairdiff_lightning.data.sample import Sample
+
+
+def over_training(module: LightningModule, measure: Callable[[Sample], Sequence[Tensor]]) -> list[Tensor]:
+    """Measure every training batch of every process, and join what is found.
+
+    Args:
+        module: attached to a trainer that is about to fit.
+        measure: gives tensors with a row for each sample of a batch.
+    """
+    module.trainer.fit_loop.setup_data()
+    loader = cast(Iterable[Sample], module.trainer.train_dataloader)
+    found = [torch.cat(part).to(module.device) for part in zip(*map(measure, loader), strict=True)]
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return [torch.cat(gather_all_tensors(part)) for part in found]
+    return found
