@@ -59,6 +59,9 @@ class FairDiffCLI(LightningCLI):
         elif wanted is None and self.subcommand in ("validate", "test", "predict"):
             rank_zero_warn(f"{self.subcommand} without --ckpt_path uses the weights that the model starts with.")
 
+    def _parse_ckpt_path(self) -> None:
+        """Leave the configuration as it is: Lightning lets a checkpoint's settings win over those that are asked for."""
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Add the callbacks that this subcommand wants and the configuration does not have."""
         given = self._get(self.config_init, "trainer", default={}).get("callbacks") or []

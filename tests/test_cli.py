@@ -85,6 +85,14 @@ def test_full_size_models_link_to_the_data():
     assert cli.model.hparams["num_groups"] == {"race": 3}
 
 
+def test_what_is_asked_for_now_wins_over_the_checkpoint(monkeypatch):
+    main(["fit", *DEMO, *SHORT, "--trainer.max_epochs=1", "--model.overlap=0.25"])
+    found = []
+    monkeypatch.setattr(Segmenter, "on_test_start", lambda self: found.append(dict(self.hparams)))
+    main(["test", *DEMO, "--ckpt_path=last", "--trainer.limit_test_batches=1", "--model.overlap=0.75"])
+    assert [settings["overlap"] for settings in found] == [0.75]
+
+
 @pytest.mark.parametrize("overlay", ["cpu", "gpu_bf16", "ddp", "fsdp"])
 def test_trainer_overlays_change_the_trainer_only(overlay, capsys):
     base = [str(CONFIGS / "demo" / "fairseg_plain.yaml"), str(CONFIGS / "trainer" / f"{overlay}.yaml")]

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -218,7 +219,7 @@ def _walk(root: Path, path: str, parts: Path) -> Iterator[tuple[str, Listing]]:
     if listing is None:
         listing = _listing(root / path)
         assert listing is not None, "nothing is known of the folder, so it is listed"
-        with atomic_path(kept) as temporary, temporary.open("wb") as stream:
+        with suppress(OSError), atomic_path(kept) as temporary, temporary.open("wb") as stream:  # another is done first
             np.savez(
                 stream,
                 changed=np.int64(listing.changed),

@@ -20,11 +20,11 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from fairdiff_lightning.data.cache import cache_root
-from fairdiff_lightning.data.edges import Detector, EdgeReader, ScharrEdges, describe_detector, edges_of
+from fairdiff_lightning.data.edges import CannyEdges, EdgeReader, ScharrEdges, describe_detector, edges_of
 from fairdiff_lightning.data.errors import DatasetNotFoundError, InvalidSampleError
 from fairdiff_lightning.data.image_index import ImageIndex, build_index, hold_out, index_name
 from fairdiff_lightning.data.native import atomic_path, make_directory_once, to_image_tensor, to_uint8_image
@@ -87,10 +87,11 @@ class SampleMaker:
     detector: EdgeReader | None = None
     reference_behaviour: bool = False
 
-    def __call__(self, item: dict[str, Any]) -> Sample:
-        """The sample of ``id`` (path), ``image`` (encoded) and perhaps ``edge`` (encoded, of the same size)."""
-        image = self.decode(item["image"], item["id"])
-        levels = _decode(item["edge"], "L", item["id"]) if "edge" in item else to_uint8_image(self.edge(image))
+    def __call__(self, item: dict[str, Any], folder: Path) -> Sample:
+        """The sample of ``id`` (path below the folder), ``image`` and perhaps ``edge`` of that size (both encoded)."""
+        where = folder / item["id"]
+        image = self.decode(item["image"], where)
+        levels = _decode(item["edge"], "L", where) if "edge" in item else to_uint8_image(self.edge(image))
         return {
             "image": torch.from_numpy(resize_image(image, self.size, "area")).float().div_(255),
             "edge": torch.from_numpy(resize_image(levels, self.size, "area")).float().div_(255),
@@ -100,7 +101,7 @@ class SampleMaker:
             "prompt": prompt_of(item["id"].rpartition("/")[0], self.reference_behaviour),
         }
 
-    def decode(self, encoded: bytes, where: str) -> NDArray[np.uint8]:
+    def decode(self, encoded: bytes, where: Path) -> NDArray[np.uint8]:
         """Decode a picture to (H, W), or (H, W, 3) in colour, uint8."""
         return _decode(encoded, "RGB" if self.colour else "L", where)
 
@@ -131,7 +132,7 @@ class RadImageNet(Dataset[Sample]):
         Raises:
             InvalidSampleError: for a picture that is gone, saying how many are, or one that cannot be decoded.
         """
-        return self.maker(self.encoded(place))
+        return self.maker(self.encoded(place), self.index.root)
 
     def encoded(self, place: int) -> dict[str, Any]:
         """``id`` and ``image``, the bytes of the file, at a place."""
@@ -141,6 +142,25 @@ class RadImageNet(Dataset[Sample]):
         except OSError as error:
             self.index.check()
             raise InvalidSampleError(self.index.root / path, f"unreadable ({error})", "a whole image file") from error
+
+
+class RadImageNetShards(Dataset[Sample]):
+    """Shards that :meth:`RadImageNetDataModule.write_shards` wrote, read by ``litdata``.
+
+    Args:
+        folder: of one split.
+        maker: makes samples of pictures.
+    """
+
+    def __init__(self, folder: Path, maker: SampleMaker) -> None:
+        self.folder, self.maker, self._rows = folder, maker, _litdata().StreamingDataset(str(folder))
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, place: int) -> Sample:
+        """The sample at a place; neighbours lie in one file."""
+        return self.maker(self._rows[int(place)], self.folder)
 
 
 class RadImageNetDataModule(LightningDataModule):
@@ -162,7 +182,8 @@ class RadImageNetDataModule(LightningDataModule):
         colour: three channels; else one, which a base of three repeats.
         edges: detector, see :func:`~fairdiff_lightning.data.edges.edges_of`, whose edges are kept in the cache folder;
             None takes Scharr's gradients and says so, or the edges that shards have.
-        shards: folder that :meth:`write_shards` wrote, read instead of the tree as a stream; needs ``litdata``.
+        shards: folder that :meth:`write_shards` wrote, read instead of the tree, few files at a time; needs
+            ``litdata``.
         seed: of split and order; that of ``seed_everything`` when None.
         reference_behaviour: leave abbreviations at either end of a prompt, see :func:`prompt_of`.
 
@@ -183,7 +204,7 @@ class RadImageNetDataModule(LightningDataModule):
         num_workers: int = 0,
         val_fraction: float = 0.02,
         colour: bool = False,
-        edges: Detector | None = None,
+        edges: nn.Module | ScharrEdges | CannyEdges | None = None,
         shards: str | None = None,
         seed: int | None = None,
         reference_behaviour: bool = False,
@@ -200,8 +221,9 @@ class RadImageNetDataModule(LightningDataModule):
         self.num_groups: dict[str, int] = {}
         reader = None if edges is None or shards is not None else EdgeReader(edges)
         self.maker = SampleMaker(self.image_size, colour, reader, reference_behaviour)
-        self.splits: dict[str, RadImageNet] = {}
+        self.splits: dict[str, RadImageNet | RadImageNetShards] = {}
         self._folders: list[str] = []
+        self._block = 1
 
     @property
     def folder(self) -> Path:
@@ -239,7 +261,9 @@ class RadImageNetDataModule(LightningDataModule):
         if self._folders:
             return
         if self.shards is not None:
-            self._folders = self._read_facts(self.shards)["folders"]
+            facts = self._read_facts(self.shards)
+            self.splits = {part: RadImageNetShards(self.shards / part, self.maker) for part in facts["rows"]}
+            self._folders, self._block = facts["folders"], facts["samples_per_shard"]
             return
         index = ImageIndex(self._index_folder())
         index.check()
@@ -250,50 +274,58 @@ class RadImageNetDataModule(LightningDataModule):
                     f"the {part} split of '{self.folder}' is empty: val_fraction={self.val_fraction} of {len(index)} "
                     "images. Change it, or give more images."
                 )
-            self.splits[part] = RadImageNet(index, held, self.maker)
+            if held:
+                self.splits[part] = RadImageNet(index, held, self.maker)
         self._folders = index.folders
         rank_zero_info(f"RadImageNet under '{self.folder}': train {len(rows[0])}, val {len(rows[1])}.")
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Shuffled, the same for a seed and an epoch, resumable in the middle of it."""
-        if self.shards is not None:
-            return self._stream(self.shards, "train")
-        data, (replicas, rank) = self.splits["train"], self._ranks()
-        sampler = ResumableSampler(len(data), self.seed, replicas, rank)
+        data = self.splits["train"]
+        sampler = ResumableSampler(len(data), self.seed, *self._ranks(), self._block)
         return ResumableLoader(data, sampler=sampler, **self._loading())
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         """In order; none when nothing is held out."""
-        if self.shards is not None:
-            return self._stream(self.shards, "val") if (self.shards / "val").is_dir() else []
+        if "val" not in self.splits:
+            return []
         data = self.splits["val"]
         sampler: DistributedSampler[Any] = DistributedSampler(data, *self._ranks(), shuffle=False)
-        return DataLoader(data, sampler=sampler, **self._loading()) if len(data) else []
+        return DataLoader(data, sampler=sampler, **self._loading())
 
     def write_shards(self, directory: str | Path, samples_per_shard: int = 1000) -> None:
-        """Write the splits, with edges, in a random order into shards that stream; a killed process can be repeated.
+        """Write the splits, with edges, in a random order into shards; after a kill, a second call goes on.
+
+        Needs twice their room while it writes. What the edges are drawn of is this module's ``colour``.
 
         Args:
             directory: gets the folders ``train`` and ``val``, in the format of ``litdata``.
-            samples_per_shard: images in a file; a stream is shuffled file by file and within each.
+            samples_per_shard: images in a file; training mixes those of some files, see
+                :class:`~fairdiff_lightning.data.resumable_sampler.ResumableSampler`.
 
         Raises:
             ImportError: without ``litdata``.
+            ValueError: when the folder has shards, or parts of others; when this module reads shards itself.
         """
+        if self.shards is not None:
+            raise ValueError(f"shards='{self.shards}' is read; shards are written of a folder tree, with shards=None.")
         _litdata()
         self.prepare_data()
         self.setup()
-        directory = Path(directory)
+        directory, parts = Path(directory), list(self.splits)
         if (directory / FACTS).exists():
             raise ValueError(f"'{directory}' has shards already; delete it, or choose another folder.")
-        rows = {part: len(data) for part, data in self.splits.items() if len(data)}
-        drawn = describe_detector(ScharrEdges() if self.detector is None else self.detector)
-        facts = {"folders": self._folders, "rows": rows, "edges": drawn, "colour": self.maker.colour}
-        work = directory / f".{derive_seed(json.dumps(facts), self.folder, samples_per_shard, self.seed):016x}"
-        for part in rows:
-            if (directory / part).exists() and not work.exists():
-                raise ValueError(f"'{directory / part}' is of other data or settings; delete '{directory}'.")
-        for part in rows:
+        facts = {
+            "folders": self._folders,
+            "rows": {part: len(data) for part, data in self.splits.items()},
+            "samples_per_shard": samples_per_shard,
+            "edges": describe_detector(ScharrEdges() if self.detector is None else self.detector),
+            "colour": self.maker.colour,
+        }
+        work = directory / f".{derive_seed(json.dumps(facts), self.folder, self.seed):016x}"
+        if not work.exists() and any((directory / part).exists() for part in parts):
+            raise ValueError(f"'{directory}' has parts of other data or settings; delete it, or choose another folder.")
+        for part in parts:
             self._write_part(directory / part, work / part, samples_per_shard)
         with atomic_path(directory / FACTS) as temporary:
             temporary.write_text(json.dumps(facts))
@@ -301,7 +333,7 @@ class RadImageNetDataModule(LightningDataModule):
 
     def _write_part(self, target: Path, work: Path, samples_per_shard: int) -> None:
         """Write a split section by section, each whole or not at all, and join them."""
-        data = self.splits[target.name]
+        data = cast(RadImageNet, self.splits[target.name])
         order = torch.randperm(len(data), generator=generator(self.seed, "shards", target.name))
         sections = {work / f"{i:05d}": rows for i, rows in enumerate(torch.split(order, SECTION * samples_per_shard))}
         for section, places in sections.items():
@@ -313,7 +345,7 @@ class RadImageNetDataModule(LightningDataModule):
         """Files and their edges, drawn for images of one size at once, on the detector's device."""
         for chunk in torch.split(places, EDGES_AT_ONCE):
             items = [data.encoded(place) for place in chunk.tolist()]
-            images = [to_image_tensor(self.maker.decode(item["image"], item["id"])) for item in items]
+            images = [to_image_tensor(self.maker.decode(item["image"], data.index.root / item["id"])) for item in items]
             alike = defaultdict(list)
             for number, image in enumerate(images):
                 alike[image.shape].append(number)
@@ -338,11 +370,6 @@ class RadImageNetDataModule(LightningDataModule):
             "persistent_workers": self.num_workers > 0,
             "generator": generator(self.seed, "loader"),
         }
-
-    def _stream(self, shards: Path, part: str) -> DataLoader[Any]:
-        litdata, seed = _litdata(), derive_seed(self.seed, "stream") % 2**31
-        data = litdata.StreamingDataset(str(shards / part), shuffle=part == "train", seed=seed, transform=self.maker)
-        return cast(DataLoader[Any], litdata.StreamingDataLoader(data, **self._loading()))
 
     def _read_facts(self, shards: Path) -> dict[str, Any]:
         """What is known of shards, all files of which are there.
@@ -369,7 +396,7 @@ class RadImageNetDataModule(LightningDataModule):
         return facts
 
 
-def _decode(encoded: bytes, mode: Literal["L", "RGB"], where: str) -> NDArray[np.uint8]:
+def _decode(encoded: bytes, mode: Literal["L", "RGB"], where: Path) -> NDArray[np.uint8]:
     try:
         with Image.open(io.BytesIO(encoded)) as image:
             if image.mode not in GREY_OR_COLOUR:

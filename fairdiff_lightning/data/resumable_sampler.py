@@ -6,10 +6,13 @@ from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from fairdiff_lightning.data.seeding import generator
 
+WINDOW = 16
+"""Files that are read from at a time, when samples lie together in files."""
 CHUNK = 8192
 """Indices that are Python objects at a time: 1.35 million of them would take 50 MB in each process."""
 
@@ -25,19 +28,21 @@ class ResumableSampler(DistributedSampler[int]):
         seed: of the permutations.
         num_replicas: number of devices.
         rank: index of this device.
+        block: samples that lie together in a file; with more than one, files come in a random order and samples are
+            mixed among so many files (:data:`WINDOW`) only, so that few are open at a time.
 
     Attributes:
         consumed: samples of this rank that the next pass leaves out; another epoch leaves out none.
     """
 
-    def __init__(self, length: int, seed: int = 0, num_replicas: int = 1, rank: int = 0) -> None:
+    def __init__(self, length: int, seed: int = 0, num_replicas: int = 1, rank: int = 0, block: int = 1) -> None:
         data = cast(Dataset[int], range(length))
         super().__init__(data, num_replicas=num_replicas, rank=rank, shuffle=True, seed=seed)
-        self.length, self.consumed = length, 0
+        self.length, self.block, self.consumed = length, block, 0
 
     def __iter__(self) -> Iterator[int]:
         """Sample indices of this rank for the current epoch that are left."""
-        order = torch.randperm(self.length, generator=generator(self.seed, "order", self.epoch))
+        order = self._order(generator(self.seed, "order", self.epoch))
         places = torch.arange(self.consumed, self.num_samples) * self.num_replicas + self.rank
         for chunk in torch.split(order[places % max(self.length, 1)], CHUNK):
             yield from chunk.tolist()
@@ -67,8 +72,16 @@ class ResumableSampler(DistributedSampler[int]):
                 )
         self.epoch, self.consumed = state["epoch"], state["consumed"]
 
+    def _order(self, random: torch.Generator) -> Tensor:
+        """All samples (length,) in the order of an epoch."""
+        order = torch.randperm(self.length, generator=random)
+        if self.block == 1:
+            return order
+        place = torch.randperm(-(-self.length // self.block), generator=random)  # of each file in the order of files
+        return order[torch.argsort(place[order // self.block] // WINDOW, stable=True)]
+
     def _facts(self) -> dict[str, int]:
-        return {"length": self.length, "seed": self.seed, "num_replicas": self.num_replicas}
+        return {"length": self.length, "seed": self.seed, "num_replicas": self.num_replicas, "block": self.block}
 
 
 class ResumableLoader(DataLoader[Any]):

@@ -9,7 +9,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
-from fairdiff_lightning.data.resumable_sampler import CHUNK, ResumableLoader, ResumableSampler
+from fairdiff_lightning.data.resumable_sampler import CHUNK, WINDOW, ResumableLoader, ResumableSampler
 
 
 def order(length, seed=0, replicas=1, rank=0, epoch=0):
@@ -51,6 +51,18 @@ def test_the_order_is_that_of_seed_and_epoch_whatever_the_replicas():
     for replicas in (2, 3):
         shares = [order(30, 5, replicas, rank) for rank in range(replicas)]
         assert [i for step in zip(*shares, strict=True) for i in step] == alone
+
+
+def test_samples_of_a_file_come_close_to_each_other():
+    block, files = 5, 4 * WINDOW
+    seen = list(ResumableSampler(block * files - 2, 3, block=block))
+    assert sorted(seen) == list(range(block * files - 2))
+    windows = [{i // block for i in seen[start : start + WINDOW * block]} for start in range(0, len(seen), 5)]
+    assert max(len(window) for window in windows) <= 2 * WINDOW
+    first = [i // block for i in seen[: WINDOW * block - 2]]
+    assert len(set(first)) == WINDOW
+    assert first != sorted(first, key=first.index), "and are mixed among these files"
+    assert max(set(first)) - min(set(first)) > WINDOW, "which are any"
 
 
 def test_more_samples_than_are_objects_at_a_time():
