@@ -60,7 +60,7 @@ class FairDiffCLI(LightningCLI):
             rank_zero_warn(f"{self.subcommand} without --ckpt_path uses the weights that the model starts with.")
 
     def _parse_ckpt_path(self) -> None:
-        """Leave the configuration as it is: Lightning lets a checkpoint's settings win over those that are asked for."""
+        """Keep what is asked for: Lightning lets the settings of a checkpoint win over it."""
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Add the callbacks that this subcommand wants and the configuration does not have."""

@@ -153,8 +153,19 @@ class Prostate(VolumeDataset):
         return write_nifti(directory / MASKS / f"{sample_id}.nii.gz", volume)
 
     def write_prediction(self, directory: Path, record: Record, mask: NDArray[np.uint8]) -> Path:
-        """Store a predicted mask (H, W, D) as ``masks/<id>.nii.gz``, voxel for voxel as the image's own file."""
-        return write_nifti(directory / MASKS / f"{record.id}.nii.gz", labels_on(self.read_image(record), mask))
+        """Store a predicted mask (H, W, D) in ``masks``, voxel for voxel on the grid of the image's own file.
+
+        Of a NIfTI file it is one; of a DICOM series an RTSTRUCT where the case has one, else a DICOM SEG.
+        """
+        image = self.read_image(record)
+        if not Path(record.files["image"]).is_dir():
+            return write_nifti(directory / MASKS / f"{record.id}.nii.gz", labels_on(image, mask))
+        from fairdiff_lightning.data.dicom_seg import write_segmentation
+        from fairdiff_lightning.data.rtstruct import write_structures
+
+        write = write_structures if _is_dicom(record.files["mask"]) else write_segmentation
+        names = dict(enumerate(self.classes[1:], 1))
+        return write(directory / MASKS / f"{record.id}.dcm", image.with_array(mask.astype(np.uint8)), image, names)
 
     def write_phantom(self, root: Path, seed: int) -> None:
         """Write 24 training cases of centre A and 8 test cases each of A and B; stages 10, 50, 30 and 10 %."""

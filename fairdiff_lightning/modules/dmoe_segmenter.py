@@ -16,23 +16,24 @@ from fairdiff_lightning.networks.moe import UnknownGroup
 
 
 class DMoESegmenter(Segmenter):
-    """TransUNet with a distribution-aware mixture of experts behind every transformer block.
+    """TransUNet or 3-D residual U-Net with distribution-aware mixtures of experts, behind every block or encoder stage.
 
     Oh et al., *Distribution-aware Fairness Learning in Medical Image Segmentation From a Control-Theoretic
     Perspective*, ICML 2025, arXiv:2502.00619.
 
     Args:
-        network: variant of the TransUNet.
+        network: variant of the TransUNet, or ``resunet3d`` for volumes.
         network_args: further arguments of the network.
         num_classes: number of classes, the background included.
         in_channels: channels of the image.
-        image_size: side, or height and width, of the image, pixels.
+        image_size: side, or height and width (and depth, of volumes), of the image, pixels or voxels.
         num_groups: attribute -> number of its groups; metrics are logged for each.
         attribute: whose groups have a router each; the first of ``num_groups`` when None.
         routing: ``group`` (dMoE) or ``shared``, one router for all (MoE).
         num_experts: experts, shared by all groups.
         top_k: experts that a token is sent to.
-        moe_sharing: one mixture for all blocks (the paper's 2-D setting) or one per block.
+        moe_sharing: one mixture for all blocks, the paper's 2-D setting and its default, or one per block, the paper's
+            3-D setting and the only one there.
         unknown_group: what routes a sample of unknown group (-1): an ``error``, the ``mean`` of the routers, or their
             mean weighted by the groups' shares of the training set (``prior``).
         balance_weight: weight of the load-balance loss, which the paper does not have.
@@ -40,7 +41,7 @@ class DMoESegmenter(Segmenter):
         **kwargs: the other arguments of :class:`Segmenter`.
 
     Shapes:
-        image (B, C, H, W) in [0, 1]; mask (B, 1, H, W) class indices; group (B,); logits (B, K, H, W).
+        image (B, C, H, W[, D]) in [0, 1]; mask (B, 1, H, W[, D]) class indices; group (B,); logits (B, K, H, W[, D]).
 
     Differences from the reference:
         ==================  =============================  =============================  =========================
@@ -61,17 +62,17 @@ class DMoESegmenter(Segmenter):
 
     def __init__(
         self,
-        network: TransUNetName = "vit_b16",
+        network: TransUNetName | Literal["resunet3d"] = "vit_b16",
         network_args: dict[str, Any] | None = None,
         num_classes: int = 2,
         in_channels: int = 3,
-        image_size: int | tuple[int, int] | None = 224,
+        image_size: int | tuple[int, int] | tuple[int, int, int] | None = 224,
         num_groups: dict[str, int] | None = None,
         attribute: str | None = None,
         routing: Literal["group", "shared"] = "group",
         num_experts: int = 8,
         top_k: int = 2,
-        moe_sharing: Literal["shared", "per_block"] = "shared",
+        moe_sharing: Literal["shared", "per_block"] | None = None,
         unknown_group: UnknownGroup = "error",
         balance_weight: float = 0.0,
         reference_behaviour: bool = False,
@@ -91,6 +92,12 @@ class DMoESegmenter(Segmenter):
         self.expert_usage = ExpertUsage(num_experts, self.num_routed_groups)
 
     @property
+    def moe_sharing(self) -> str:
+        """Whether all blocks share one mixture."""
+        default = "per_block" if self.hparams["network"] == "resunet3d" else "shared"
+        return self.hparams["moe_sharing"] or default
+
+    @property
     def num_routed_groups(self) -> int:
         """Number of routers."""
         if self.hparams["routing"] == "shared":
@@ -105,8 +112,9 @@ class DMoESegmenter(Segmenter):
     def network_arguments(self) -> dict[str, Any]:
         """Arguments of the network, the mixture's included."""
         h = self.hparams
-        mixture = {name: h[name] for name in ("num_experts", "top_k", "moe_sharing", "unknown_group")}
-        mixture |= {"num_groups": self.num_routed_groups, "noise_in_eval": h["reference_behaviour"]}
+        mixture = {name: h[name] for name in ("num_experts", "top_k", "unknown_group")}
+        mixture |= {"moe_sharing": self.moe_sharing, "num_groups": self.num_routed_groups}
+        mixture |= {"noise_in_eval": h["reference_behaviour"]}
         return super().network_arguments() | mixture
 
     def setup(self, stage: str) -> None:
@@ -135,7 +143,7 @@ class DMoESegmenter(Segmenter):
         if not weight:
             return super().losses(batch)
         logits, gates = self._with_gates(batch)
-        pools = [gates] if self.hparams["moe_sharing"] == "shared" else gates.unbind()
+        pools = [gates] if self.moe_sharing == "shared" else gates.unbind()
         segmentation, balance = self.objective(logits, batch), torch.stack([*map(load_balance_loss, pools)]).mean()
         return {"loss": segmentation + weight * balance, "segmentation": segmentation, "balance": balance}
 

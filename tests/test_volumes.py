@@ -1,0 +1,74 @@
+"""Volumes through the command line: prostate by T stage and centre, and real hippocampi."""
+
+import json
+import sys
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from test_cli import CONFIGS
+from test_lefusion import QUIET, SHORT
+
+from fairdiff_lightning.cli import build_cli, main
+from fairdiff_lightning.data import Prostate, ProstateDataModule
+
+SMALL = ["--data.image_size=[32,32,64]", "--data.spacing=[6,6,3]", "--data.batch_size=4", "--model.num_experts=2"]
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["fairdiff"])
+    for name in ("PROSTATE_ROOT", "HIPPOCAMPUS_ROOT", "PL_GLOBAL_SEED"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_prostates_are_trained_tested_and_predicted_by_stage_and_centre():
+    network = "--model.network_args={feature_size: 4}"
+    arguments = ["--config", str(CONFIGS / "demo" / "prostate_dmoe.yaml"), *SMALL, network, *QUIET]
+    main(["fit", *arguments, *SHORT])
+    main(["test", *arguments, "--ckpt_path=last", "--model.mirror=[0]"])
+    (path,) = Path().rglob("fairness.json")
+    report = json.loads(path.read_text())
+    assert list(report["attributes"]) == ["t_stage", "centre"]
+    assert [list(a["groups"]) for a in report["attributes"].values()] == [["T1", "T2", "T3", "T4"], ["A", "B"]]
+    assert list(path.parent.rglob("*.png")) or "data:image/png" in path.with_name("report.html").read_text()
+    main(["predict", *arguments, "--ckpt_path=last", "--trainer.limit_predict_batches=1"])
+    files = sorted(Path().rglob("predictions/**/*.nii.gz"))
+    assert len(files) == 4
+    images = {r.id: r.files["image"] for r in Prostate().index(ProstateDataModule().folder).records}
+    for file in files:
+        made, image = nib.load(file), nib.load(images[file.name.removesuffix(".nii.gz")])
+        np.testing.assert_allclose(made.affine, image.affine)
+        assert made.shape == image.shape
+        assert made.get_data_dtype() == np.uint8
+
+
+@pytest.mark.parametrize(("config", "count"), [("dmoe", 25_899_472), ("resunet3d", 13_125_696)])
+def test_full_size_networks_link_to_the_data(config, count):
+    with torch.device("meta"):
+        arguments = ["--config", str(CONFIGS / "prostate" / f"{config}.yaml"), "--data.num_workers=0"]
+        cli = build_cli([*arguments, "--data.attributes=[t_stage]"], run=False)
+    routers = 0 if config == "resunet3d" else _router_parameters(4) - _router_parameters(5)
+    assert sum(p.numel() for p in cli.model.parameters()) == count + routers
+    assert cli.model.hparams["num_groups"] == {"t_stage": 4}
+
+
+def _router_parameters(groups):
+    """Of the five routers of the 3-D network: a linear layer for gates and one for noise, for each group."""
+    return sum(groups * 2 * (48 * ratio * 8 + 8) for ratio in (1, 1, 2, 4, 8))
+
+
+def test_real_hippocampi_are_trained_on_and_tested_at_their_own_size(realdata):
+    arguments = ["--config", str(CONFIGS / "hippocampus" / "resunet3d.yaml"), *QUIET]
+    arguments += [f"--data.root={realdata / 'MSD' / 'Task04_Hippocampus'}", "--trainer.precision=32-true"]
+    arguments += ["--model.network_args={feature_size: 4}", "--data.batch_size=2"]
+    main(["fit", *arguments, *SHORT, "--trainer.limit_val_batches=0"])
+    main(["test", *arguments, "--ckpt_path=last", "--trainer.limit_test_batches=1"])
+    main(["predict", *arguments, "--ckpt_path=last", "--trainer.limit_predict_batches=1"])
+    for file in Path().rglob("predictions/**/*.nii.gz"):
+        made, label = nib.load(file), nib.load(realdata / "MSD" / "Task04_Hippocampus" / "labelsTr" / file.name)
+        assert made.shape == label.shape
+        np.testing.assert_allclose(made.affine, label.affine)
