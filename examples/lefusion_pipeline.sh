@@ -17,7 +17,7 @@ cd "$(dirname "$0")/.."
 
 DATA=${DATA:-}          # folder of the data; empty: the phantom
 KIND=${KIND:-demo}      # demo, lidc or emidec: which configurations
-LESIONS=${LESIONS:-48}  # samples in each of the sets P', N' and N''
+LESIONS=${LESIONS:-24}  # samples in each of the sets P', N' and N''
 OUT=${OUT:-runs/lefusion}
 
 follow=(--data.generate.masks=train) # a lesion of training gives the sphere

@@ -31,7 +31,8 @@ from fairdiff_lightning.modules.data_facts import check_data, chosen_attribute, 
 from fairdiff_lightning.modules.generative import GenerativeModule
 from fairdiff_lightning.modules.training_pass import over_training
 from fairdiff_lightning.networks.checkpoint import LoadReport, Source
-from fairdiff_lightning.networks.lesion_unet import Conditioning, LesionUNet
+from fairdiff_lightning.networks.lesion_backbones import Backbone, build_lesion_network
+from fairdiff_lightning.networks.lesion_unet import Conditioning
 from fairdiff_lightning.networks.lesion_weights import Weights
 from fairdiff_lightning.networks.texture_bank import TextureBank
 
@@ -65,6 +66,8 @@ class LeFusionInpaint(GenerativeModule):
             Train one module for each class for separate models, and paint one after the other.
         width: channels of the network at full resolution: 64 for LIDC, 72 for Emidec.
         multipliers: of the width at each level.
+        backbone: ``lesion_unet``, LeFusion's own, or ``diffusion_unet``, MONAI's, which halves the depth too.
+        network_args: further arguments of the network, such as ``heads``.
         conditioning: how the histogram enters: ``film`` (the authors' code), ``cross_attention`` (the paper), or None.
         bins: of each class's histogram.
         condition_dropout: share of training samples without their histogram, which guidance needs.
@@ -130,6 +133,8 @@ class LeFusionInpaint(GenerativeModule):
         lesion_classes: tuple[int, ...] | None = None,
         width: int = 64,
         multipliers: tuple[int, ...] = (1, 2, 4, 8),
+        backbone: Backbone = "lesion_unet",
+        network_args: dict[str, Any] | None = None,
         conditioning: Conditioning | None = "film",
         bins: int = 16,
         condition_dropout: float = 0.1,
@@ -170,19 +175,18 @@ class LeFusionInpaint(GenerativeModule):
         self.image_size = (image_size[0], image_size[1], image_size[2])
         self.classes = tuple(range(1, num_classes) if lesion_classes is None else lesion_classes)
         dim = len(self.classes) * bins
-        self.network = LesionUNet(
+        self.network = build_lesion_network(
+            backbone,
+            len(self.classes),
             len(self.classes),
             width=width,
             multipliers=multipliers,
             cond_dim=None if conditioning is None else dim,
             conditioning=conditioning or "film",
             checkpointing=gradient_checkpointing,
+            arguments=network_args,
+            image_size=self.image_size,
         )
-        if any(side % self.network.stride for side in self.image_size[:2]):
-            raise ValueError(
-                f"image_size {self.image_size}: height and width are halved {len(multipliers) - 1} times; give "
-                f"multiples of {self.network.stride}, or fewer multipliers."
-            )
         cosine = {"trained_betas": cosine_betas(300), "num_train_timesteps": 300}
         self.noise = build_training_scheduler(scheduler, scheduler_args or cosine)
         self.make_sampler()  # so that a wrong name or argument is found now
@@ -256,7 +260,7 @@ class LeFusionInpaint(GenerativeModule):
             scheduler=self.make_sampler(),
             condition=condition,
             seeds=seeds,
-            stride=(self.network.stride, self.network.stride, 1),
+            stride=self.network.strides,
             **{name: s[name] for name in ("num_steps", "jump_length", "jump_n_sample", "compose", "eta", "roi")},
             final_composite=s["final_composite"],
         )

@@ -41,7 +41,7 @@ from fairdiff_lightning.modules.data_facts import check_data
 from fairdiff_lightning.modules.generative import GenerativeModule
 from fairdiff_lightning.modules.training_pass import over_training
 from fairdiff_lightning.networks.checkpoint import LoadReport, Source
-from fairdiff_lightning.networks.lesion_unet import LesionUNet
+from fairdiff_lightning.networks.lesion_backbones import Backbone, build_lesion_network
 from fairdiff_lightning.networks.lesion_weights import Weights
 from fairdiff_lightning.networks.sphere_bank import SphereBank
 
@@ -74,6 +74,8 @@ class LesionMaskDiffusion(GenerativeModule):
             Emidec. Where a lesion was, a mask that is followed becomes the first of them. None for no such region.
         width: channels of the network at full resolution.
         multipliers: of the width at each level.
+        backbone: ``lesion_unet``, LeFusion's own, or ``diffusion_unet``, MONAI's, which halves the depth too.
+        network_args: further arguments of the network, such as ``heads``.
         loss: absolute (``l1``) or squared error (``l2``), over the whole volume.
         sphere_encoding: values of the sphere's channel, see
             :func:`~fairdiff_lightning.diffusion.control_sphere.encode_spheres`.
@@ -133,6 +135,8 @@ class LesionMaskDiffusion(GenerativeModule):
         boundary_classes: tuple[int, ...] | None = None,
         width: int = 64,
         multipliers: tuple[int, ...] = (1, 2, 4, 8),
+        backbone: Backbone = "lesion_unet",
+        network_args: dict[str, Any] | None = None,
         loss: Norm = "l1",
         sphere_encoding: SphereEncoding = "signed",
         cleanup: bool = True,
@@ -159,19 +163,17 @@ class LesionMaskDiffusion(GenerativeModule):
         others = (k for k in range(1, num_classes) if k not in self.boundary_classes)
         self.classes = tuple(others if lesion_classes is None else lesion_classes)
         self._check_arguments(num_classes)
-        self.network = LesionUNet(
+        self.network = build_lesion_network(
+            backbone,
             len(self.classes) + 1,
             len(self.classes),
             width=width,
             multipliers=multipliers,
             cond_dim=None,
             checkpointing=gradient_checkpointing,
+            arguments=network_args,
+            image_size=self.image_size,
         )
-        if any(side % self.network.stride for side in self.image_size[:2]):
-            raise ValueError(
-                f"image_size {self.image_size}: height and width are halved {len(multipliers) - 1} times; give "
-                f"multiples of {self.network.stride}, or fewer multipliers."
-            )
         cosine = {"trained_betas": cosine_betas(300), "num_train_timesteps": 300}
         self.noise = build_training_scheduler(scheduler, scheduler_args or cosine)
         self.make_sampler()  # so that a wrong name or argument is found now

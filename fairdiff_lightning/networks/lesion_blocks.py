@@ -156,3 +156,16 @@ def _stack(x: Tensor) -> Tensor:
 
 def _unstack(slices: Tensor, like: Tensor) -> Tensor:
     return slices.view(*like.shape[:2], *slices.shape[1:])
+
+
+def choose(null: Tensor, condition: Tensor | None, dropped: Tensor | None, size: int) -> Tensor:
+    """The condition (B, cond_dim) of each sample, or the learned null condition (1, cond_dim).
+
+    Always of both, so that the null condition has a gradient.
+    """
+    nothing = null.expand(size, -1)
+    if condition is None:
+        return nothing
+    if dropped is None:
+        dropped = torch.zeros(size, dtype=torch.bool, device=condition.device)
+    return torch.where(dropped[:, None], nothing, condition)

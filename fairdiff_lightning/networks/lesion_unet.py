@@ -28,6 +28,7 @@ from fairdiff_lightning.networks.lesion_blocks import (
     Residual,
     SliceConv,
     SliceUpsampling,
+    choose,
     sinusoidal,
 )
 from fairdiff_lightning.networks.lesion_weights import Weights, load_reference, reference_tensors
@@ -58,8 +59,8 @@ class LesionUNet(nn.Module):
 
     Shapes:
         noisy (B, C, H, W, D), height and width multiples of :attr:`stride`; any depth, the axis that slices are stacked
-        on. steps (B,) or (); condition (B, cond_dim); output (B, out_channels, H, W, D). The card and the authors' code
-        have depth first, (B, C, D, H, W).
+        on. steps (B,) or (); condition (B, cond_dim); output (B, out_channels, H, W, D). The authors' code has depth
+        first, (B, C, D, H, W).
 
     Raises:
         ValueError: for a width that the norms cannot divide, or an unknown conditioning.
@@ -110,6 +111,11 @@ class LesionUNet(nn.Module):
         """What height and width must be multiples of."""
         return int(2 ** len(self.halvings))
 
+    @property
+    def strides(self) -> tuple[int, int, int]:
+        """What height, width and depth must be multiples of."""
+        return self.stride, self.stride, 1
+
     def forward(
         self, noisy: Tensor, steps: Tensor, condition: Tensor | None = None, dropped: Tensor | None = None
     ) -> Tensor:
@@ -130,7 +136,7 @@ class LesionUNet(nn.Module):
         embedded = self.time(sinusoidal(steps.expand(len(noisy)), self.width).to(noisy.dtype))
         tokens = None
         if self.null_condition is not None:
-            chosen = self._chosen(condition, dropped, len(noisy)).to(noisy.dtype)
+            chosen = choose(self.null_condition, condition, dropped, len(noisy)).to(noisy.dtype)
             if self.tokens is None:
                 embedded = torch.cat([embedded, chosen], 1)
             else:
@@ -183,15 +189,6 @@ class LesionUNet(nn.Module):
     def _positions(self, x: Tensor) -> Positions:
         bias = self.relative_bias(relative_buckets(x.shape[1], x.device)).permute(2, 0, 1)
         return Positions(bias, *rotary_angles(x.shape[1], self.head_dim, x))
-
-    def _chosen(self, condition: Tensor | None, dropped: Tensor | None, size: int) -> Tensor:
-        assert self.null_condition is not None
-        null = self.null_condition.expand(size, -1)
-        if condition is None:
-            return null
-        if dropped is None:
-            dropped = torch.zeros(size, dtype=torch.bool, device=condition.device)
-        return torch.where(dropped[:, None], null, condition)  # always, so that the null condition has a gradient
 
     def _check(self, noisy: Tensor, condition: Tensor | None) -> None:
         if noisy.dim() != 5 or noisy.shape[1] != self.channels:

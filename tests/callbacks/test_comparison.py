@@ -5,8 +5,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from scipy.stats import wilcoxon
 
 from fairdiff_lightning.callbacks.comparison import compare_runs
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
+import compare_runs as script
 
 GROUPS = ("Asian", "Black", "White")
 RACE = ["Asian"] * 4 + ["Black"] * 5 + ["White"] * 12 + ["unknown"]
@@ -22,13 +26,13 @@ def write(path, rng, shift=0.0):
 
 
 def plain(tables, race=None):
-    """Dice, worst group and ES-Dice, class by class, in plain pandas."""
+    """ES-Dice, Dice and worst group, class by class, in plain pandas."""
     table = sum(t.set_index("id").sort_index()[["dice_rim", "dice_cup"]] for t in tables) / len(tables)
     race = tables[0].set_index("id").sort_index()["race"]
     means = table.groupby(race).mean().loc[list(GROUPS)]
     overall = table.mean()
     es = overall / (1 + (means - overall).abs().sum())
-    return [overall.mean(), means.min().mean(), es.mean(), *means.mean(axis=1)]
+    return [es.mean(), overall.mean(), means.min().mean(), *means.mean(axis=1)]
 
 
 def test_scores_are_those_of_the_tables(tmp_path):
@@ -51,21 +55,18 @@ def test_the_gain_is_paired(tmp_path):
     found = compare_runs({"real": [first], "more": [second]}, "race", GROUPS, num_resamples=200)
     assert (found.gain[0], found.low[0, 3], found.high[0, 3]) == (0, 0, 0)
     width = found.high - found.low
-    assert float(width[1, 3]) < 0.3 * float(width[1, 2])
+    assert float(width[1, 3]) < 0.3 * float(width[1, 0])
     assert float(found.low[1, 3]) > 0
 
 
 def test_runs_on_other_images_are_refused(tmp_path):
     first = write(tmp_path / "a.csv", np.random.default_rng(0))
     pd.read_csv(first).iloc[1:].to_csv(tmp_path / "b.csv", index=False)
-    with pytest.raises(ValueError, match="run 'more' was tested on other images"):
+    with pytest.raises(ValueError, match=r"run 'more' was tested on other images.*only one of them has 'c"):
         compare_runs({"real": [first], "more": [tmp_path / "b.csv"]}, "race", GROUPS)
 
 
 def test_the_script_prints_and_saves_the_table_of_the_newest_reports(tmp_path, capsys):
-    sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
-    import compare_runs as script
-
     for name, shift in (("a", 0.0), ("b", 0.02)):
         path = write(tmp_path / name / "fairness" / "cases.csv", np.random.default_rng(1), shift)
         report = {"attributes": {"race": {"groups": dict.fromkeys(GROUPS, 0)}}}
@@ -73,9 +74,14 @@ def test_the_script_prints_and_saves_the_table_of_the_newest_reports(tmp_path, c
     script.main([f"real={tmp_path / 'a'}", f"more={tmp_path / 'b'}"], output=str(tmp_path / "table.md"))
     table = (tmp_path / "table.md").read_text()
     assert table in capsys.readouterr().out
-    header, _, *rows = table.splitlines()
-    assert header.endswith("| Asian | Black | White |")
-    assert [row.split(" | ")[0] for row in rows] == ["| real", "| more"]
+    header, _, *rows = [line.strip("| ").split(" | ") for line in table.splitlines()]
+    expected = ["run", "cases", "ES-Dice", "Dice", "worst group", "ES-Dice minus real", "p (Dice)", *GROUPS]
+    assert header == expected
+    assert [row[:2] for row in rows] == [["real", "22"], ["more", "22"]]
+    assert rows[0][6] == "-"
+    assert float(rows[1][6]) < 1e-4
+    dice = pd.read_csv(tmp_path / "a" / "fairness" / "cases.csv")[["dice_rim", "dice_cup"]].mean(axis=1)
+    assert rows[0][3] == f"{dice.mean():.3f} ± {dice.std():.3f}"
     with pytest.raises(FileNotFoundError, match=r"no fairness.json below '.*nothing'"):
         script.main([f"real={tmp_path / 'nothing'}"])
 
@@ -87,3 +93,78 @@ def test_a_table_without_the_attribute_or_a_class_is_refused_by_name(tmp_path):
         compare_runs({"real": [first], "other": [tmp_path / "b.csv"]}, "race", GROUPS)
     with pytest.raises(ValueError, match=r"run 'real' has no column \['gender'\]"):
         compare_runs({"real": [first]}, "gender", GROUPS)
+
+
+def edited(path, target, **columns):
+    """A copy of a table, ordered by id, with other columns."""
+    table = pd.read_csv(path).sort_values("id")
+    table.assign(**columns).to_csv(target, index=False)
+    return target
+
+
+def test_std_and_p_are_those_of_the_cases_with_a_score(tmp_path):
+    rng = np.random.default_rng(0)
+    paths = [write(tmp_path / "a.csv", rng), write(tmp_path / "b.csv", rng, 0.05)]
+    table = pd.read_csv(paths[1]).sort_values("id")
+    rim, cup = table.dice_rim.where(table.id != "c02"), table.dice_cup.where(table.id > "c02")
+    paths[1] = edited(paths[1], tmp_path / "c.csv", dice_rim=rim, dice_cup=cup)
+    found = compare_runs({"real": paths[:1], "more": paths[1:]}, "race", GROUPS, num_resamples=20)
+    per_case = [pd.read_csv(p, index_col="id").sort_index()[["dice_rim", "dice_cup"]].mean(axis=1) for p in paths]
+    assert per_case[1].isna().sum() == 1
+    assert found.std.tolist() == pytest.approx([dice.std() for dice in per_case])
+    expected = wilcoxon(*pd.concat(per_case, axis=1).dropna().to_numpy().T).pvalue
+    assert float(found.p[1]) == pytest.approx(expected)
+    assert found.p[0].isnan()
+
+
+def test_equal_cases_do_not_count_for_p(tmp_path):
+    first = write(tmp_path / "a.csv", np.random.default_rng(0))
+    table = pd.read_csv(first).sort_values("id")
+    gain = np.zeros(len(table))
+    gain[:5] = [0.01, 0.02, 0.03, 0.04, 0.05]
+    more = edited(first, tmp_path / "b.csv", dice_rim=table.dice_rim + gain)
+    swapped = edited(first, tmp_path / "c.csv", dice_rim=table.dice_cup, dice_cup=table.dice_rim)
+    found = compare_runs({"real": [first], "more": [more], "swapped": [swapped]}, "race", GROUPS, num_resamples=20)
+    assert float(found.p[1]) == pytest.approx(2 / 2**5)  # all of five signs agree
+    assert found.p[2].isnan()
+    assert [row[6] for row in found.rows()] == ["p (Dice)", "-", "0.062", "-"]
+
+
+def split(path, folder, numeric):
+    """The table as two folds below a folder; ``numeric`` names the cases by numbers with leading zeros."""
+    table = pd.read_csv(path, dtype=str).sort_values("id")
+    table["id"] = table["id"].str.replace("c", "0") if numeric else table["id"]
+    reports = {"attributes": {"race": {"groups": dict.fromkeys(GROUPS, 0)}}}
+    for fold, part in enumerate([table[::2], table[1::2]]):
+        (folder / str(fold)).mkdir(parents=True)
+        part.to_csv(folder / str(fold) / "cases.csv", index=False)
+        (folder / str(fold) / "fairness.json").write_text(json.dumps(reports))
+    return f"{folder}/0,{folder}/1"
+
+
+@pytest.mark.parametrize("numeric", [False, True])
+def test_folds_are_joined(tmp_path, numeric):
+    rng = np.random.default_rng(2)
+    whole = {"real": [write(tmp_path / "a.csv", rng)], "more": [write(tmp_path / "b.csv", rng, 0.05)]}
+    runs = [f"{name}={split(path, tmp_path / name, numeric)}" for name, (path,) in whole.items()]
+    script.main(runs, output=str(tmp_path / "table.md"))
+    assert (tmp_path / "table.md").read_text().strip() == compare_runs(whole, "race", GROUPS).markdown()
+
+
+def test_cases_that_stand_twice_or_in_one_run_only_are_refused_by_name(tmp_path):
+    folds = split(write(tmp_path / "a.csv", np.random.default_rng(0)), tmp_path / "a", False)
+    first, second = folds.split(",")
+    with pytest.raises(ValueError, match="run 'real' was tested twice on 11 images, such as 'c00'"):
+        script.main([f"real={first},{first}"])
+    with pytest.raises(ValueError, match=r"run 'more' was tested on other images.*only one of them has 'c01'"):
+        script.main([f"real={folds}", f"more={first}"])
+    table = pd.read_csv(f"{second}/cases.csv")
+    table.drop(columns="dice_rim").to_csv(f"{second}/cases.csv", index=False)
+    with pytest.raises(ValueError, match=r"run 'real' has no column \['dice_rim'\] in '.*/1/cases.csv'"):
+        script.main([f"real={folds}"])
+
+
+@pytest.mark.parametrize("runs", [["a"], ["real=a", "real=b"], ["real=a,"], ["=a"]])
+def test_runs_that_are_not_given_as_name_and_folders_are_refused(runs):
+    with pytest.raises(SystemExit, match="give each run once as name=folder"):
+        script.main(runs)
