@@ -30,6 +30,11 @@ case $KIND in
   *) echo "KIND=$KIND; expected is demo, lidc or emidec." >&2; exit 2 ;;
 esac
 segmenter=${prefix}segment.yaml
+if [ "$KIND" = emidec ] && [ -n "$DATA" ] &&
+   ! compgen -G "$DATA/Normal/labels/Case_N*" > /dev/null && ! compgen -G "$DATA/Case_N*/Contours/Case_N*" > /dev/null; then
+  echo "$DATA has no contours of healthy hearts, in whose walls new infarcts could lie: N'' is left out." >&2
+  sets=(p_prime)
+fi
 . examples/pipeline.sh
 begin "DATA=$DATA KIND=$KIND LESIONS=$LESIONS"
 count=("--data.generate.total=$LESIONS")
@@ -40,9 +45,11 @@ segment p
 say "2/5 a diffusion of lesions, given the scan around them"
 train "$OUT/lefusion" --config "${prefix}lefusion.yaml"
 
-say "3/5 a diffusion of lesion masks, and $LESIONS masks"
-train "$OUT/lesion_masks" --config "${prefix}lesion_masks.yaml"
-generate "$OUT/lesion_masks" last --config "${prefix}lesion_masks.yaml" "${count[@]}" "${follow[@]}"
+if [[ " ${sets[*]} " == *" n_double_prime "* ]]; then
+  say "3/5 a diffusion of lesion masks, and $LESIONS masks"
+  train "$OUT/lesion_masks" --config "${prefix}lesion_masks.yaml"
+  generate "$OUT/lesion_masks" last --config "${prefix}lesion_masks.yaml" "${count[@]}" "${follow[@]}"
+fi
 
 say "4/5 lesions: ${sets[*]}"
 painter=$(checkpoint "$OUT/lefusion" last)

@@ -16,16 +16,25 @@ from fairdiff_lightning.callbacks.slices import flat
 from fairdiff_lightning.data import EmidecDataModule, LIDCDataModule, VolumeDataModule, VolumeDataset
 from fairdiff_lightning.data.native import Record, atomic_path
 from fairdiff_lightning.data.resample import move
+from fairdiff_lightning.data.scans import SCAN, list_scans
 
 MODULES: dict[str, type[VolumeDataModule]] = {"lidc": LIDCDataModule, "emidec": EmidecDataModule}
 
 
-def main(folders: list[str], output: str, root: str | None = None, dataset: str = "lidc", count: int = 2) -> None:
+def main(
+    folders: list[str],
+    output: str,
+    root: str | None = None,
+    dataset: str = "lidc",
+    count: int = 2,
+    scans: str | None = None,
+) -> None:
     """Draw ``count`` columns for each folder of generated samples."""
     data = MODULES[dataset](root=root)
     data.prepare_data()
     reader = data.dataset
-    real = {record.id: record for record in (*reader.index(data.folder).records, *reader.backgrounds(data.folder))}
+    known = [*reader.index(data.folder).records, *reader.backgrounds(data.folder)]
+    real = {record.id: record for record in (*known, *(list_scans(Path(scans)) if scans else ()))}
     columns: list[list[Tensor]] = []
     titles: list[str] = []
     for folder in map(Path, folders):
@@ -41,7 +50,7 @@ def main(folders: list[str], output: str, root: str | None = None, dataset: str 
 def triple(reader: VolumeDataset, source: Record, made: Record) -> list[Tensor]:
     """The slice through the middle of the lesion, (1, H, W) each: before, mask, after."""
     image, labels = reader.read_volumes(made)
-    scan = reader.read_image(source)
+    scan = reader.read_scan(source.files[SCAN]) if SCAN in source.files else reader.read_image(source)
     mask = torch.from_numpy(labels.array).long()[None]
     affines = (torch.from_numpy(volume.affine) for volume in (scan, image))
     before = move(torch.from_numpy(reader.window.to_unit(scan.array))[None], *affines, image.shape, "bilinear")
@@ -55,5 +64,6 @@ if __name__ == "__main__":
     parser.add_argument("--output", required=True, help="picture to write, .png")
     parser.add_argument("--root", help="folder of the real data; the phantom when left out")
     parser.add_argument("--dataset", choices=sorted(MODULES), default="lidc")
+    parser.add_argument("--scans", help="folder of whole scans that lesions were put into")
     parser.add_argument("--count", type=int, default=2, help="columns of each folder")
     main(**vars(parser.parse_args()))

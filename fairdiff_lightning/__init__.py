@@ -9,13 +9,16 @@ from fairdiff_lightning.version import __version__
 if TYPE_CHECKING:
     from fairdiff_lightning.data import (
         BCSDBTDataModule,
+        BUSIDataModule,
         DBTDataModule,
         DecathlonDataModule,
+        DecathlonSliceDataModule,
         EmidecDataModule,
         FairSegDataModule,
         HAM10000DataModule,
         LIDCDataModule,
         ProstateDataModule,
+        RadImageNetDataModule,
     )
     from fairdiff_lightning.modules import (
         ControlNetSynth,
@@ -29,10 +32,12 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BCSDBTDataModule",
+    "BUSIDataModule",
     "ControlNetSynth",
     "DBTDataModule",
     "DMoESegmenter",
     "DecathlonDataModule",
+    "DecathlonSliceDataModule",
     "EmidecDataModule",
     "FairSegDataModule",
     "HAM10000DataModule",
@@ -42,6 +47,7 @@ __all__ = [
     "PairedGuidedDiffusion",
     "PointDiffusion",
     "ProstateDataModule",
+    "RadImageNetDataModule",
     "Segmenter",
     "__version__",
 ]
@@ -51,13 +57,16 @@ __getattr__, __dir__, _ = lazy_loader.attach(
     submod_attrs={
         "data": [
             "BCSDBTDataModule",
+            "BUSIDataModule",
             "DBTDataModule",
             "DecathlonDataModule",
+            "DecathlonSliceDataModule",
             "EmidecDataModule",
             "FairSegDataModule",
             "HAM10000DataModule",
             "LIDCDataModule",
             "ProstateDataModule",
+            "RadImageNetDataModule",
         ],
         "modules": [
             "ControlNetSynth",

@@ -19,6 +19,7 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 OVERLAYS = ("trainer", "lefusion")
 RUNS = sorted(str(p.relative_to(CONFIGS)) for p in CONFIGS.glob("*/*.yaml") if p.parent.name not in OVERLAYS)
 VOLUMES = [run for run in RUNS if any(part in run for part in ("lidc", "emidec", "prostate", "hippocampus"))]
+DIFFBOOST = [run for run in RUNS if "busi" in run]
 PARTS = ("points", "point_diffusion", "controlnet", "pig", "lefusion", "lesion_masks")
 GENERATORS = [run for run in RUNS if any(part in run for part in PARTS)]
 SMALL = [
@@ -58,7 +59,7 @@ def assert_same_weights(a, b):
         assert torch.equal(value, b[name]), name
 
 
-@pytest.mark.parametrize("config", sorted({*RUNS} - {*GENERATORS} - {*VOLUMES}))
+@pytest.mark.parametrize("config", sorted({*RUNS} - {*GENERATORS} - {*VOLUMES} - {*DIFFBOOST}))
 def test_every_shipped_segmenter_trains_and_tests(config):
     arguments = ["--config", str(CONFIGS / config), *SMALL, "--trainer.fast_dev_run=2"]
     network = [] if "unet.yaml" not in config or "trans" in config else ["--model.init_args.network=unet"]

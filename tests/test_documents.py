@@ -13,17 +13,26 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from test_diffboost import at_hand as partners_at_hand
+from test_diffboost import small
 from test_fairdiff import TINY as PARTS
 from test_fairdiff import kind
+from test_lefusion import TINY as LESION_PARTS
+from test_lefusion import part, size
+from test_volumes import SMALL
 
 from fairdiff_lightning.cli import main
-from fairdiff_lightning.data import DBT, FairSeg
+from fairdiff_lightning.data import DBT, LIDC, FairSeg, write_volume
+from fairdiff_lightning.data.phantoms_3d import chest
 from fairdiff_lightning.modules import PairedGuidedDiffusion
 
 REPOSITORY = Path(__file__).parents[1]
 DOCUMENTS = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 TINY = ["--trainer.fast_dev_run=1", "--trainer.accelerator=cpu", "--trainer.strategy=auto", "--trainer.devices=1"]
 TINY += ["--trainer.precision=32-true", "--data.batch_size=2", "--data.num_workers=0"]
+VOLUMES = re.compile(r"configs/(demo/)?(lidc|emidec|prostate|hippocampus)")
+PATCHES = ["--data.spacing=[6,6,3]", "--data.patch_size=[32,32,64]", "--model.roi_size=[32,32,64]"]
+PATCHES += ["--data.cache=memory"]
 
 
 def blocks(language):
@@ -44,7 +53,10 @@ def repository(tmp_path, monkeypatch):
     (tmp_path / "configs").symlink_to(REPOSITORY / "configs")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["fairdiff"])
-    for name in ("FAIRSEG_ROOT", "HAM10000_ROOT", "DBT_ROOT", "GUIDER", "FAIRSEG_TRANSUNET", "SD15", "CONTROLNET"):
+    data = [
+        f"{name}_ROOT" for name in ("FAIRSEG", "HAM10000", "DBT", "LIDC", "EMIDEC", "PROSTATE", "HIPPOCAMPUS", "BUSI")
+    ]
+    for name in (*data, "GUIDER", "FAIRSEG_TRANSUNET", "SD15", "CONTROLNET"):
         monkeypatch.delenv(name, raising=False)
     return tmp_path
 
@@ -57,8 +69,8 @@ def test_commands_run(command, repository, monkeypatch):
     if words[0] == "make":
         subprocess.run(["make", "-n", *words[1:]], cwd=REPOSITORY, check=True, capture_output=True)
     elif words[0] == "bash":
-        # run by test_fairdiff.py and test_pig.py, command by command
-        assert words[1:] in (["examples/fairdiff_pipeline.sh"], ["examples/pig_pipeline.sh"])
+        # run by test_fairdiff.py, test_pig.py, test_lefusion.py and test_diffboost.py, command by command
+        assert words[1:] in ([f"examples/{name}_pipeline.sh"] for name in ("fairdiff", "pig", "lefusion", "diffboost"))
         subprocess.run(["bash", "-n", words[1]], cwd=REPOSITORY, check=True)
     elif words[0] == "tensorboard":
         assert words[1:] == ["--logdir", "runs"]
@@ -69,10 +81,34 @@ def test_commands_run(command, repository, monkeypatch):
         words += guider() if "configs/dbt/pig_target.yaml" in words else []
         given = [at_hand(w) for w in words[1:] if not w.startswith(("--data.root", "--ckpt_path", "--data.total"))]
         given += ["--data.total=30"] if "--data.balance=equal_scale" in words else []
-        part = kind(" ".join(w for w in words if "configs" in w))
-        network = [] if any("unet.yaml" in w and "trans" not in w for w in words) else PARTS[part]
-        size = [] if "--data.image_size=null" in words else ["--data.image_size=32"]
-        main([*given, *TINY, *size, *network])
+        main([*given, *TINY, *tiny(words)])
+
+
+def tiny(words):
+    """Arguments that make the data and the network of a command small."""
+    config = next((word for word in words if VOLUMES.match(word)), None)
+    if config is not None:
+        own = [word for word in words if word.startswith("--data.batch_size")]
+        return [*tiny_volumes(config), *own]
+    if any("busi" in word for word in words if "configs" in word):
+        return small(words)
+    named = kind(" ".join(w for w in words if "configs" in w))
+    network = [] if any("unet.yaml" in w and "trans" not in w for w in words) else PARTS[named]
+    return [*([] if "--data.image_size=null" in words else ["--data.image_size=32"]), *network]
+
+
+def tiny_volumes(config):
+    """Arguments that make a configuration of volumes small."""
+    if "lidc" in config or "emidec" in config:
+        untrained = ["--model.conditioning=null"] if part(config) == "lefusion" else []
+        return [*size(config), *LESION_PARTS[part(config)], *untrained]
+    network = ["--model.network_args.feature_size=4"]
+    if "hippocampus" in config:
+        # a fast development run validates, which the configuration does not
+        return ["--data.image_size=[32,32,64]", "--data.fractions=[0.6,0.2,0.2]", *network]
+    if "demo" in config:
+        return [*SMALL, *network]
+    return [*PATCHES, *network, *(["--model.num_experts=2"] if "dmoe" in config else [])]
 
 
 def guider():
@@ -86,15 +122,22 @@ def guider():
 
 def at_hand(word):
     """The argument, with what another command would have made before it."""
+    if "busi" in word or "--data.merge." in word:
+        return partners_at_hand(word)
     if word.startswith("--data.synthetic="):
         sample = {"image": torch.rand(1, 32, 32), "mask": torch.ones(1, 32, 32), "synthetic": torch.tensor(True)}
         for folder in word.split("=")[1].strip("[]").split(","):
             for group in range(3):
                 made = {**sample, "id": f"{Path(folder).name}-{group}"}
-                if "pairs" in folder or "pig" in folder:
+                if "lidc" in folder:
+                    volume = {"image": torch.rand(1, 16, 16, 8), "mask": torch.ones(1, 16, 16, 8), "attributes": {}}
+                    LIDC().write(Path(folder), {**made, **volume})
+                elif "pairs" in folder or "pig" in folder:
                     DBT().write(Path(folder), {**made, "attributes": {"view": torch.tensor(group % 2)}})
                 else:
                     FairSeg().write(Path(folder), {**made, "attributes": {"race": torch.tensor(group)}})
+    if word == "--data.generate.backgrounds=scans":
+        write_volume("scans/scan.nii.gz", chest(np.random.default_rng(0), nodules=0).image)
     if word.startswith("--data.generate.total="):
         return "--data.generate.total=120"
     if word.startswith("--data.generate.masks="):

@@ -17,6 +17,7 @@ from fairdiff_lightning.callbacks.manifest import Manifest
 from fairdiff_lightning.callbacks.report_files import to_plain
 from fairdiff_lightning.callbacks.step_outputs import require_keys
 from fairdiff_lightning.data.native import atomic_path
+from fairdiff_lightning.data.provenance import write_training_cases
 from fairdiff_lightning.data.requests import Request
 
 _SAMPLES = {
@@ -34,6 +35,7 @@ class SyntheticDatasetWriter(Callback):
     The table holds id, file, seed, the group of every attribute, the condition (id of the mask that was followed), a
     digest of how that mask was made when a generator made it, the source (the real case behind it), the generator's
     class, the SHA-256 of the checkpoint (of the weights, when there is none) and the file with its hyperparameters.
+    ``training_cases.txt`` lists what the checkpoint was trained on, so that no split mixes in what has seen its test.
     Files are written whole or not at all. A run that was killed is repeated with the same command: samples that are
     listed are not made again, and the others come out as they would have. Memory stays flat: predictions are not
     returned.
@@ -73,9 +75,12 @@ class SyntheticDatasetWriter(Callback):
         data.skip_requests(lambda: self._existing(trainer, pl_module, data.requests()))
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin this process's part of the table, and keep the hyperparameters."""
+        """Begin this process's part of the table, and keep the hyperparameters and the generator's training cases."""
         self.manifest.start(trainer.global_rank)
+        seen: frozenset[str] = getattr(trainer.datamodule, "training_cases", frozenset())  # type: ignore[attr-defined]
         if trainer.is_global_zero:
+            if seen:
+                write_training_cases(self.directory, seen)
             with atomic_path(self.directory / self.provenance["config"]) as path:
                 path.write_text(_config(pl_module), encoding="utf-8")
 

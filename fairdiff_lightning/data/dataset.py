@@ -19,9 +19,12 @@ from fairdiff_lightning.data.cache import (
     open_cache,
     open_file_cache,
 )
+from fairdiff_lightning.data.captions import Caption
 from fairdiff_lightning.data.errors import InvalidSampleError
 from fairdiff_lightning.data.frames import Frame, PictureFrame
 from fairdiff_lightning.data.native import NativeDataset, Record
+from fairdiff_lightning.data.partners import read_partner
+from fairdiff_lightning.data.patch_merge import PartnerIndex
 from fairdiff_lightning.data.patches import PatchSampler
 from fairdiff_lightning.data.sample import Sample
 from fairdiff_lightning.geometry import StructureSpec, mask_to_points
@@ -40,6 +43,9 @@ class SegmentationDataset(Dataset[Sample]):
         num_points: also give so many outline points of the mask, under ``points``, see
             :func:`~fairdiff_lightning.geometry.mask_to_points`.
         patch: give a block of each volume, drawn anew each time, instead of the volume.
+        partners: also give a synthetic image of the same mask, under ``partner``, read from its file each time; which
+            one, the epoch tells, where the index is a pair of a place and an epoch.
+        caption: also give a text, under ``prompt``.
     """
 
     def __init__(
@@ -52,9 +58,12 @@ class SegmentationDataset(Dataset[Sample]):
         cache: Storage = "none",
         num_points: int | None = None,
         patch: PatchSampler | None = None,
+        partners: PartnerIndex | None = None,
+        caption: Caption | None = None,
     ) -> None:
         self.dataset, self.records, self.attributes, self.frame = dataset, list(records), attributes, frame
         self.native_mask, self.num_points, self.patch = native_mask, num_points, patch
+        self.partners, self.caption = partners, caption
         distinct = {record.id: record for record in records}
         self._distinct = list(distinct.values())
         rows = {name: row for row, name in enumerate(distinct)}
@@ -64,12 +73,14 @@ class SegmentationDataset(Dataset[Sample]):
     def __len__(self) -> int:
         return len(self.records)
 
-    def __getitem__(self, index: int) -> Sample:
-        record, row = self.records[index], self._rows[index]
+    def __getitem__(self, index: int | tuple[int, int]) -> Sample:
+        place, epoch = index if isinstance(index, tuple) else (index, 0)
+        record, row = self.records[place], self._rows[place]
         arrays = self._cache.get(row, lambda i: self.decode(self._distinct[i]))
+        partner = self._partner(record, epoch, arrays)
         if self.patch is not None:
             block = self.patch.draw(arrays[1])
-            arrays = (arrays[0][(slice(None), *block)], arrays[1][block], *arrays[2:])
+            arrays, partner = _cut(arrays, block), _cut(partner, block) if partner else None
         sample = {
             **self.frame.tensors(arrays),
             "attributes": {name: torch.tensor(record.attributes[name]) for name in self.attributes},
@@ -78,6 +89,10 @@ class SegmentationDataset(Dataset[Sample]):
         }
         if self.num_points is not None:
             sample["points"] = torch.tensor(arrays[-1])
+        if partner is not None:
+            sample["partner"] = self.frame.tensors(partner)["image"]
+        if self.caption is not None:
+            sample["prompt"] = self.caption.of(record.attributes)
         if self.native_mask:
             sample |= self.frame.native(self.dataset, record, arrays)
         return cast(Sample, sample)
@@ -94,6 +109,11 @@ class SegmentationDataset(Dataset[Sample]):
         """
         arrays = self.frame.decode(self.dataset, record)
         return arrays if self.num_points is None else (*arrays, self._outline(arrays[1], record))
+
+    def _partner(self, record: Record, epoch: int, arrays: Arrays) -> Arrays | None:
+        if self.partners is None:
+            return None
+        return read_partner(self.partners, record, epoch, arrays, self.dataset, self.frame)
 
     def _outline(self, mask: NDArray[np.uint8], record: Record) -> NDArray[np.float32]:
         structures = StructureSpec(self.dataset.classes[1:])
@@ -117,6 +137,10 @@ class SegmentationDataset(Dataset[Sample]):
         if self.num_points is not None:
             layout = {**layout, "points": ((self.num_points, 3), np.float32)}
         return open_cache(storage, fingerprint(files, reader, settings), len(self._distinct), layout)
+
+
+def _cut(arrays: Arrays, block: tuple[slice, ...]) -> Arrays:
+    return (arrays[0][(slice(None), *block)], arrays[1][block], *arrays[2:])
 
 
 def _key(record: Record, *settings: object) -> str:

@@ -32,6 +32,7 @@ from fairdiff_lightning.data.volumes import (
 
 PATHOLOGICAL, NORMAL, TEST, TABLE = "Pathological", "Normal", "test.txt", "nodules.csv"
 NAME = re.compile(r"(?P<case>.+)_(?P<kind>C?)Vol_(?P<number>[^_]+)")
+PATIENT = re.compile(r"LIDC-IDRI-\d{4}")
 GENERATED = re.compile(r"Image_(?P<row>\d+)")
 PHANTOM_SIZE = (64, 64, 32)
 PHANTOM_CASES, PHANTOM_HEALTHY, PHANTOM_TEST = 24, 6, 5
@@ -58,6 +59,7 @@ class LIDC(VolumeDataset):
     classes: ClassVar[tuple[str, ...]] = ("background", "nodule")
     window: ClassVar[Window] = Window(-1000, 400)
     lesions: ClassVar[tuple[int, ...]] = (1,)
+    lesion_attributes: ClassVar[tuple[str, ...]] = ("texture",)
     axes: ClassVar[tuple[str, str, str]] = ("P", "L", "S")
     expected_tree: ClassVar[str] = (
         f"  {PATHOLOGICAL}/Image/<case>_Vol_<n>.nii.gz    depth first, HU\n"
@@ -118,9 +120,10 @@ class LIDC(VolumeDataset):
         ]
 
     def case_key(self, record_id: str) -> str:
-        """The patient of a block."""
+        """The patient of a block, or of a whole scan whose path tells one of LIDC's."""
         match = NAME.fullmatch(record_id)
-        return match["case"] if match else record_id
+        patient = PATIENT.search(record_id)
+        return match["case"] if match else patient[0] if patient else record_id
 
     def read_image(self, record: Record) -> Volume:
         """Read the block in HU, float32."""
@@ -128,7 +131,13 @@ class LIDC(VolumeDataset):
         volume = depth_last(read_nifti(file, axes=None))
         if GENERATED.fullmatch(Path(file).parent.name):
             return volume.with_array(_from_generated(volume.array, file))
-        return volume.with_array(check_hu(volume.array, file, self.hu_offset).astype(np.float32))
+        offset = None if record.synthetic else self.hu_offset
+        return volume.with_array(check_hu(volume.array, file, offset).astype(np.float32))
+
+    def read_scan(self, file: str) -> Volume:
+        """Read a whole CT in HU, in RAS order."""
+        scan = super().read_scan(file)
+        return scan.with_array(check_hu(scan.array, file, self.hu_offset).astype(np.float32))
 
     def read_labels(self, record: Record) -> Volume:
         """Read the block's mask {0, 1}."""

@@ -1,4 +1,4 @@
-"""What all data modules share: splits, filters, mixing, samplers, caching, requests, loaders."""
+"""What all data modules share: splits, folds, filters, mixing, samplers, caching, requests, loaders."""
 
 from __future__ import annotations
 
@@ -13,14 +13,24 @@ import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from numpy.typing import NDArray
+from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler
 
+from fairdiff_lightning.data.batch_augmentation import Augmentation, augment_batch, merge_batch
 from fairdiff_lightning.data.cache import Storage
 from fairdiff_lightning.data.dataset import SegmentationDataset
+from fairdiff_lightning.data.edge_augmentation import RandomZoomRotate
+from fairdiff_lightning.data.edge_frame import EdgeFrame
+from fairdiff_lightning.data.edges import CannyEdges, EdgeReader, ScharrEdges
+from fairdiff_lightning.data.folds import fold_records
 from fairdiff_lightning.data.frames import Frame
 from fairdiff_lightning.data.mixing import Balance, mix
+from fairdiff_lightning.data.module_facts import ModuleFacts
 from fairdiff_lightning.data.native import Index, NativeDataset, Record, make_directory_once
+from fairdiff_lightning.data.partners import PartnerSampler, find_partners
+from fairdiff_lightning.data.patch_merge import PartnerIndex, PatchMerge
 from fairdiff_lightning.data.phantoms import phantom_folder
+from fairdiff_lightning.data.provenance import marks, read_training_cases, refuse_seen
 from fairdiff_lightning.data.requests import (
     GenerationPlan,
     MaskReader,
@@ -47,10 +57,10 @@ from fairdiff_lightning.data.splits import (
 )
 
 Sampler = Literal["shuffle", "group_balanced"]
-Augmentation = Callable[[torch.Tensor, torch.Tensor, torch.Generator], tuple[torch.Tensor, torch.Tensor]]
+DetectorArgument = Literal["scharr"] | nn.Module | CannyEdges
 
 
-class NativeDataModule(LightningDataModule):
+class NativeDataModule(ModuleFacts, LightningDataModule):
     """Splits, mixes, caches and loads a native data set, pictures or volumes.
 
     Args:
@@ -61,17 +71,25 @@ class NativeDataModule(LightningDataModule):
         batch_size: samples in a batch, on each device.
         num_workers: loader processes.
         fractions: shares of train, val and test among the patients or lesions.
-        split_seed: seed of the split.
+        split_seed: seed of the split, or of the division into folds.
+        fold: number of the fold of patients or lesions that is the test split, whatever the owner's; None splits by
+            ``fractions``, whose first two then divide the other folds.
+        num_folds: folds that they are divided into.
         groups: attribute -> names of the groups to keep in all splits; a filter moves no case to another split.
         drop_unknown: leave out samples of which one of ``attributes`` is unknown.
         synthetic: folders of generated samples in the same layout, for training only.
+        merge: train on the real samples alone, each merged patch by patch with one of the ``synthetic`` samples that
+            were made from it, another one in each epoch. They are read from their files each time.
         balance: how real and synthetic samples are mixed, see :func:`~fairdiff_lightning.data.mixing.mix`.
         total: size of the balanced training set.
         balance_unknown: balance the samples of unknown group too, as one group more.
         generate: what ``predict`` asks a generator for; None predicts the test split.
         sampler: ``group_balanced`` shows every group equally often in each epoch, also under DDP.
         cache: keep decoded and resized samples in ``memory`` (shared by the loader's processes), on ``disk``, or not.
-        augmentation: (image, mask, generator) -> image, mask, of a training batch on its device.
+        augmentation: (image, mask, generator) -> image, mask, of a training batch on its device, before it is merged.
+        edges: ``scharr``, ``HED`` or another detector, see :func:`~fairdiff_lightning.data.edges.edges_of`, of edges
+            that every picture or slice carries, and every request that follows a real image's mask; kept in the cache
+            folder.
         evaluate_at: ``native`` also yields the mask at the file's own size in val and test, for metrics there.
         on_error: ``skip`` reads every file once in ``setup`` and leaves out, counts and reports what cannot be read.
         check: validate every batch against the sample contract; slow, for debugging.
@@ -79,6 +97,8 @@ class NativeDataModule(LightningDataModule):
 
     Raises:
         DatasetNotFoundError: in ``prepare_data``, when the tree is missing or another one.
+        ValueError: in ``setup``, for synthetic samples that were made from a validation or test case; on loading a
+            checkpoint that was trained on one, naming it.
     """
 
     def __init__(
@@ -91,16 +111,20 @@ class NativeDataModule(LightningDataModule):
         num_workers: int = 0,
         fractions: tuple[float, float, float] = (0.8, 0.1, 0.1),
         split_seed: int = 0,
+        fold: int | None = None,
+        num_folds: int = 3,
         groups: Mapping[str, Sequence[str]] | None = None,
         drop_unknown: bool = False,
         synthetic: Sequence[str] = (),
+        merge: PatchMerge | None = None,
         balance: Balance = "none",
         total: int | None = None,
         balance_unknown: bool = False,
         generate: GenerationPlan | None = None,
         sampler: Sampler = "shuffle",
         cache: Storage = "memory",
-        augmentation: Augmentation | None = None,
+        augmentation: Augmentation | RandomZoomRotate | None = None,
+        edges: DetectorArgument | None = None,
         evaluate_at: Literal["input", "native"] = "input",
         on_error: Literal["raise", "skip"] = "raise",
         check: bool = False,
@@ -112,9 +136,15 @@ class NativeDataModule(LightningDataModule):
         self.wanted = GroupFilter.of(dataset, groups or {}, attributes if drop_unknown else ())
         if (balance != "none" or sampler == "group_balanced") and not self.attribute_specs:
             raise ValueError(f"balance={balance!r}, sampler={sampler!r} without attributes: name the one to balance.")
-        self.frame, self.batch_size, self.num_workers = frame, batch_size, num_workers
-        self.fractions, self.split_seed = fractions, split_seed
+        if edges is not None and merge is not None:
+            raise ValueError("edges with merge: edges are for generators, merged samples for segmenters. Give one.")
+        self.frame = (
+            frame if edges is None else EdgeFrame(frame, EdgeReader(ScharrEdges() if edges == "scharr" else edges))
+        )
+        self.batch_size, self.num_workers = batch_size, num_workers
+        self.fractions, self.split_seed, self.fold, self.num_folds = fractions, split_seed, fold, num_folds
         self.synthetic, self.balance, self.total, self.sampler = list(synthetic), balance, total, sampler
+        self.merge, self.partners = merge, cast(PartnerIndex | None, None)
         self.cache, self.evaluate_at, self.on_error, self.check = cache, evaluate_at, on_error, check
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
         self.balance_unknown, self.generate, self.augmentation = balance_unknown, generate, augmentation
@@ -122,43 +152,10 @@ class NativeDataModule(LightningDataModule):
         self.splits: Splits = {}
         self._real: list[Record] = []
         self._held_out: frozenset[str] = frozenset()
+        self._held_out_records: list[Record] = []
+        self.training_cases: frozenset[str] = frozenset()
         self._existing: Callable[[], Iterable[str]] = tuple
         self._datasets: dict[str, SegmentationDataset] = {}
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """Names of the classes, background first."""
-        return self.dataset.classes
-
-    @property
-    def num_classes(self) -> int:
-        """Number of classes, the background included."""
-        return len(self.dataset.classes)
-
-    @property
-    def in_channels(self) -> int:
-        """Channels of the image."""
-        return self.dataset.channels
-
-    @property
-    def image_size(self) -> tuple[int, ...] | None:
-        """Sides of a sample; None where each has its own."""
-        return self.frame.size
-
-    @property
-    def intensity_range(self) -> tuple[float, float]:
-        """Smallest and largest value of the image."""
-        return (0.0, 1.0)
-
-    @property
-    def attribute_groups(self) -> dict[str, list[str]]:
-        """Attribute -> names of its groups, in the order of their indices."""
-        return {spec.name: list(spec.groups) for spec in self.attribute_specs}
-
-    @property
-    def num_groups(self) -> dict[str, int]:
-        """Attribute -> number of its groups."""
-        return {spec.name: len(spec) for spec in self.attribute_specs}
 
     @property
     def group_counts(self) -> dict[str, list[int]]:
@@ -192,8 +189,9 @@ class NativeDataModule(LightningDataModule):
             return
         index = self.dataset.index(self.folder)
         real = [record for record in index.records if not record.synthetic]
-        whole = split_records(real, self.fractions, self.split_seed, self.dataset.drawn_over)
+        whole = self._split(real)
         self._held_out = held_out_keys(whole, self.dataset.case_key)
+        self._held_out_records = [record for part in HELD_OUT for record in whole[part]]
         made = [record for record in index.records if record.synthetic]
         splits = self._select(self.folder, index, {**whole, "made": made})
         made, self._real = splits.pop("made"), splits["train"]
@@ -201,6 +199,19 @@ class NativeDataModule(LightningDataModule):
         check_disjoint(splits)
         self.splits = splits
         self._report()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The real cases that a checkpoint was trained on."""
+        return {"training_cases": sorted(self.training_cases | marks(self._real))}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Refuse a checkpoint that was trained on cases that are held out here.
+
+        Raises:
+            ValueError: naming them.
+        """
+        self.training_cases = frozenset(state_dict["training_cases"])
+        refuse_seen("the checkpoint", self.training_cases, self._held_out_records)
 
     def on_before_batch_transfer(self, batch: Sample, dataloader_idx: int) -> Sample:
         """Check the batch against the contract when asked to."""
@@ -223,13 +234,19 @@ class NativeDataModule(LightningDataModule):
         return self.augment(batch, draws)
 
     def augment(self, batch: Sample, draws: torch.Generator) -> Sample:
-        """Change image and mask of a training batch alike, from the given draws."""
+        """Change what a training batch shows of each sample alike, and merge partners, from the given draws."""
         if self.augmentation is not None:
-            batch["image"], batch["mask"] = self.augmentation(batch["image"], batch["mask"], draws)
-        return batch
+            batch = augment_batch(batch, self.augmentation, draws)
+        return batch if self.merge is None else merge_batch(batch, self.merge, draws)
 
     def train_dataloader(self) -> DataLoader[Sample]:
-        """Shuffled, or balanced by the first attribute."""
+        """Shuffled, or balanced by the first attribute.
+
+        Raises:
+            ValueError: for a folder of samples whose generator was trained on held-out cases, naming them.
+        """
+        for folder in map(Path, self.synthetic):
+            refuse_seen(f"the generator of '{folder}'", read_training_cases(folder), self._held_out_records)
         data = self._data("train")
         replicas, rank = self._ranks()
         sampler: DistributedSampler[Any] = (
@@ -237,7 +254,7 @@ class NativeDataModule(LightningDataModule):
             if self.sampler == "group_balanced"
             else DistributedSampler(data, replicas, rank, shuffle=True, seed=self.seed)
         )
-        return self._loader(data, sampler)
+        return self._loader(data, sampler if self.partners is None else PartnerSampler(sampler))
 
     def val_dataloader(self) -> DataLoader[Sample]:
         """In order; under DDP padded so that every rank makes as many steps, as the wrapped network needs."""
@@ -264,16 +281,21 @@ class NativeDataModule(LightningDataModule):
 
         Raises:
             ValueError: without a plan; when a group has no mask to condition on, or one is derived from a held-out
-                case; for ``equal_scale`` without attributes.
+                case, or of a generator that was trained on one; for ``equal_scale`` without attributes.
         """
         if self.generate is None:
             raise ValueError("nothing to generate: give the data module generate=GenerationPlan(...).")
         groups = self._balanced_groups() if self.attribute_specs else {0: "sample"}
         attribute = self.attribute_specs[0].name if self.attribute_specs else None
+        if attribute is not None and all(r.attributes[attribute] == UNKNOWN for r in self._real):
+            rank_zero_warn(f"'{attribute}' is unknown for all training samples: what is made is of no group of it.")
+            groups, attribute = {UNKNOWN: "sample"}, None
         counts = {g: sum(attribute is None or r.attributes[attribute] == g for r in self._real) for g in groups}
         masks, scans = condition_masks(self.generate, self._real, self.attribute_specs), self.backgrounds()
         used = [*(masks or ()), *(replace(scan, source=scan.source or scan.id) for scan in scans or ())]
         refuse_leaks(used, self._held_out, self.dataset.case_key)
+        folder = Path(self.generate.masks or "")
+        refuse_seen(f"the generator of '{folder}'", read_training_cases(folder), self._held_out_records)
         return make_requests(self.generate, groups, counts, masks, attribute, scans)
 
     def backgrounds(self) -> list[Record] | None:
@@ -322,9 +344,22 @@ class NativeDataModule(LightningDataModule):
             found = self._select(folder, index, {"made": index.records})
             made = [*made, *(as_synthetic(record, folder) for record in found["made"])]
         refuse_leaks(made, self._held_out, self.dataset.case_key)
+        if self.merge is not None:
+            seed = derive_seed(self.seed, "partners")
+            self.partners, made = find_partners(self._real, made, self.merge.num_synthetic, seed), []
         attribute, names = (self.attribute_specs[0].name, self._balanced_groups()) if self.attribute_specs else ("", {})
         seed = derive_seed(self.seed, "mix") % 2**32
         return mix(self._real, made, self.balance, attribute, names, self.total, seed)
+
+    def _split(self, real: Sequence[Record]) -> Splits:
+        if self.fold is None:
+            return split_records(real, self.fractions, self.split_seed, self.dataset.drawn_over)
+        train, val, _ = self.fractions
+        if train <= 0:
+            raise ValueError(
+                f"fractions={self.fractions} with fold={self.fold}: no case of the other folds would train."
+            )
+        return fold_records(real, self.fold, self.num_folds, val / (train + val), self.split_seed)
 
     def _balanced_groups(self) -> dict[int, str]:
         """Index -> name of the first attribute's groups that the filters keep."""
@@ -348,12 +383,14 @@ class NativeDataModule(LightningDataModule):
     def _data(self, part: str) -> SegmentationDataset:
         if part not in self._datasets:
             records = self.splits["test" if part == "predict" else part]
-            processes = self._ranks()[0]
+            processes, rank = self._ranks()
             if len(records) < processes:
                 raise ValueError(
                     f"the {part} split of '{self.folder}' has {len(records)} samples for {processes} processes: "
                     f"fractions {self.fractions} and filters leave no more. Change them, or give more data."
                 )
+            if isinstance(self.frame, EdgeFrame):
+                self.frame.prepare(self.dataset, records[rank::processes])
             native = part == "predict" or (part in HELD_OUT and self.evaluate_at == "native")
             self._datasets[part] = self.make_dataset(records, native, self.cache, training=part == "train")
         return self._datasets[part]
@@ -362,7 +399,9 @@ class NativeDataModule(LightningDataModule):
         self, records: Sequence[Record], native_mask: bool = False, cache: Storage = "none", training: bool = False
     ) -> SegmentationDataset:
         """Records as samples of this module's frame."""
-        return SegmentationDataset(self.dataset, records, list(self.attribute_groups), self.frame, native_mask, cache)
+        partners = self.partners if training else None
+        settings = (list(self.attribute_groups), self.frame, native_mask, cache)
+        return SegmentationDataset(self.dataset, records, *settings, partners=partners)
 
     def _ranks(self) -> tuple[int, int]:
         return (self.trainer.world_size, self.trainer.global_rank) if self.trainer is not None else (1, 0)

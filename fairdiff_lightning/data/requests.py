@@ -60,6 +60,11 @@ class GenerationPlan:
                 f"generate: per_group={self.per_group}, total={self.total}, equal_scale={self.equal_scale}; give "
                 "per_group, or total, or equal_scale with or without total."
             )
+        if self.backgrounds == TRAINING and self.masks != OWN_MASKS:
+            raise ValueError(
+                f"generate: backgrounds='train' with masks={self.masks!r}: these scans show lesions of their own, and "
+                "they would have no label. Give masks='own', which paints them anew, or other backgrounds."
+            )
         if self.masks == OWN_MASKS and self.backgrounds is None:
             raise ValueError("generate: masks='own' are those of backgrounds; say which `backgrounds`.")
         for name, count in (("per_group", self.per_group), ("total", self.total)):

@@ -28,6 +28,8 @@ class Sample(TypedDict, total=False):
         native_affine: float64 (4, 4) voxel to patient coordinates of the file, mm.
         points: float32 (N, 3) outline points (row, col, z).
         edge: float32 (1, H, W) in [0, 1].
+        partner: float32 like ``image``, a synthetic image of the same mask, to be merged with it.
+        keep_real: bool (1, H, W[, D]), where logits of ``image`` count, and not those of ``partner``.
         prompt: text that describes the image.
         affine: float64 (4, 4) voxel to patient coordinates, mm.
         spacing: float32 (3,) voxel size, mm.
@@ -47,6 +49,8 @@ class Sample(TypedDict, total=False):
     native_affine: Tensor
     points: Tensor
     edge: Tensor
+    partner: Tensor
+    keep_real: Tensor
     prompt: Any
     affine: Tensor
     spacing: Tensor

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from fairdiff_lightning.data.requests import MaskReader, Request
 from fairdiff_lightning.data.resample import to_spacing
 from fairdiff_lightning.data.rois import candidate_places, extract_rois, lung_mask
 from fairdiff_lightning.data.volume_dataset import VolumeDataset
-from fairdiff_lightning.data.volumes import NIFTI, Size, Volume, read_volume
+from fairdiff_lightning.data.volumes import NIFTI, RAS, Size, Volume
 
 SCAN = "scan"
 """Role of the file of a whole scan."""
@@ -52,7 +53,9 @@ class LesionReader:
                 raise ValueError("generate: whole scans need masks='train', or a folder of generated ones.")
             lesion = self.dataset.read_labels(condition)
             size = self.frame.size or lesion.shape
-            return volume_tensors(*place_in_scan(background, lesion, size, request.seed, self.dataset))
+            return volume_tensors(
+                *place_in_scan(background, lesion, size, request.seed, self.dataset, self.frame.spacing)
+            )
         image = volume_tensors(self.frame.background(self.dataset, background))
         return image if condition is None else {**image, "mask": self._mask(condition, background)}
 
@@ -65,9 +68,8 @@ class LesionReader:
                 "masks='own', or masks that LesionMaskDiffusion made for these backgrounds."
             )
         if "mask" not in {role.split("/")[0] for role in condition.files}:
-            raise ValueError(
-                f"generate: masks='own', but '{condition.id}' has none. Give masks='train', or generated ones."
-            )
+            others = "scans with the contours of their organ" if anatomy else "masks='train', or generated ones"
+            raise ValueError(f"generate: masks='own', but '{condition.id}' has none. Give {others}.")
         return self.frame.condition(self.dataset, condition)["mask"]
 
 
@@ -85,32 +87,50 @@ def list_scans(path: Path) -> list[Record]:
     return [Record(_stem(p, path), {SCAN: str(p)}, {}, _stem(p, path)) for p in found]
 
 
-def place_in_scan(scan: Record, lesion: Volume, size: Size, seed: int, dataset: VolumeDataset) -> tuple[Volume, Volume]:
+def place_in_scan(
+    scan: Record, lesion: Volume, size: Size, seed: int, dataset: VolumeDataset, spacing: Sequence[float] | None = None
+) -> tuple[Volume, Volume]:
     """Cut a block out of a scan at a place in the lungs that holds a lesion as a whole.
 
     Args:
         scan: record of a whole scan, of chest CT in HU.
-        lesion: mask of class indices from another case, of any spacing; it is resampled to the scan's.
-        size: of the block, (H, W, D), voxels of the scan.
+        lesion: mask of class indices from another case, whose axes run as ``dataset.axes``, of any spacing.
+        size: of the block, (H, W, D), voxels.
         seed: of the place.
         dataset: tells how its axes run, and its window.
+        spacing: of the block's voxels, mm; that of the scan when None.
 
     Returns:
         The block in [0, 1] and the mask of the lesion to come, both in their place in the patient.
 
     Raises:
-        InvalidSampleError: for values that are no HU, a scan without lungs, or lungs without room for the lesion.
+        InvalidSampleError: for values that are no HU, a scan without lungs, lungs without room for the lesion, or a
+            lesion that does not fit into the block.
     """
-    whole = read_volume(scan.files[SCAN])
-    lungs = lung_mask(whole)
-    shape = to_spacing(lesion.reoriented(("R", "A", "S")), whole.spacing.tolist(), "nearest")
-    (start,) = candidate_places(lungs, shape.array, 1, seed, MARGIN)
+    whole, lungs = _whole(scan.files[SCAN], dataset, None if spacing is None else tuple(spacing))
+    shape = to_spacing(lesion, whole.spacing.tolist(), "nearest").array
+    (start,) = candidate_places(lungs, shape, 1, seed, MARGIN)
     mask = np.zeros(whole.shape, np.uint8)
-    voxels = np.argwhere(shape.array) + start
-    mask[tuple(voxels.T)] = shape.array[shape.array != 0]
-    image, block = (whole.with_array(array).reoriented(dataset.axes) for array in (whole.array, mask))
-    roi = extract_rois(image, block, size, fill=dataset.window.low)[0]
+    mask[tuple((np.argwhere(shape) + start).T)] = shape[shape != 0]
+    roi = extract_rois(whole, whole.with_array(mask), size, fill=dataset.window.low)[0]
+    if np.count_nonzero(roi.mask.array) < np.count_nonzero(mask):
+        raise InvalidSampleError(
+            "lesion",
+            f"{np.count_nonzero(mask)} voxels of {whole.spacing.round(2).tolist()} mm",
+            f"one that fits into the block, {tuple(size)}; give a larger image_size",
+        )
     return roi.image.with_array(dataset.window.to_unit(roi.image.array)), roi.mask
+
+
+@lru_cache(maxsize=2)
+def _whole(file: str, dataset: VolumeDataset, spacing: tuple[float, ...] | None) -> tuple[Volume, Volume]:
+    """A scan and its lungs, with axes as those of the data set."""
+    scan = dataset.read_scan(file)
+    if spacing is not None:
+        turned = scan.reoriented(dataset.axes)
+        scan = to_spacing(turned, spacing, "bilinear").reoriented(RAS)
+    lungs = lung_mask(scan)
+    return scan.reoriented(dataset.axes), lungs.reoriented(dataset.axes)
 
 
 def _stem(path: Path, root: Path) -> str:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 
-from fairdiff_lightning.data.augmentation import RandomRotateFlip, random_patch
+from fairdiff_lightning.data.augmentation import random_patch
+from fairdiff_lightning.data.batch_augmentation import AugmentationName, picture_augmentation
 from fairdiff_lightning.data.cache import Storage
+from fairdiff_lightning.data.captions import Caption, CaptionReader
 from fairdiff_lightning.data.dataset import SegmentationDataset
 from fairdiff_lightning.data.frames import PictureFrame
 from fairdiff_lightning.data.native import NativeDataset, Record
-from fairdiff_lightning.data.native_module import NativeDataModule
+from fairdiff_lightning.data.native_module import DetectorArgument, NativeDataModule
+from fairdiff_lightning.data.requests import RequestReader
 from fairdiff_lightning.data.resize import Resize
 from fairdiff_lightning.data.sample import Sample
 
@@ -33,11 +36,13 @@ class SegmentationDataModule(NativeDataModule):
             and patches, which would move the mask and not them.
         patch_size: side of the random patch, the same place for a whole batch, that training sees, pixels; for networks
             that predict larger images by sliding windows.
-        augment: random rotations and flips of the training batch, on its device.
+        augment: change the training batch at random, on its device.
+        augmentation: how, see :func:`~fairdiff_lightning.data.batch_augmentation.picture_augmentation`; by default
+            rotations and flips, for samples with edges zooms and rotations.
+        edges: detector of edges that every sample carries; of these and the others, see the base class.
+        prompt: text that every sample and request carries, in which ``{attribute}`` names its group.
         **kwargs: arguments of :class:`~fairdiff_lightning.data.native_module.NativeDataModule`.
     """
-
-    frame: PictureFrame
 
     def __init__(
         self,
@@ -52,12 +57,15 @@ class SegmentationDataModule(NativeDataModule):
         num_points: int | None = None,
         patch_size: int | None = None,
         augment: bool = True,
+        augmentation: AugmentationName | None = None,
+        edges: DetectorArgument | None = None,
+        prompt: str | None = None,
         **kwargs: Any,
     ) -> None:
         if num_points is not None and patch_size is not None:
             raise ValueError(f"num_points={num_points} with patch_size={patch_size}: outlines are of whole masks.")
         size = (image_size, image_size) if isinstance(image_size, int) else image_size
-        moved = augment and num_points is None  # it moves pixels, not points
+        change = picture_augmentation(augmentation, edges is not None) if augment else None
         super().__init__(
             dataset,
             PictureFrame(size, crop, resize),
@@ -65,26 +73,35 @@ class SegmentationDataModule(NativeDataModule):
             attributes,
             batch_size,
             num_workers,
-            augmentation=RandomRotateFlip() if moved else None,
+            edges=edges,
+            augmentation=None if num_points is not None else change,  # it moves pixels, not points
             **kwargs,
         )
-        self.num_points, self.patch_size = num_points, patch_size
+        self.resize, self.num_points, self.patch_size = resize, num_points, patch_size
+        self.caption = None if prompt is None else Caption(prompt, self.attribute_specs)
 
     @property
     def intensity_range(self) -> tuple[float, float]:
         """Smallest and largest value of the image; the reference's cubic spline leaves [0, 1] a little."""
-        return (0.0, 1.0) if self.frame.resize == "area" else (-0.5, 1.5)
+        return (0.0, 1.0) if self.resize == "area" else (-0.5, 1.5)
 
     def augment(self, batch: Sample, draws: torch.Generator) -> Sample:
         """Cut a patch, then rotate and flip."""
         if self.patch_size is not None:
             rows, columns = random_patch(batch["image"].shape[-2:], self.patch_size, draws)
-            batch["image"], batch["mask"] = (batch[key][..., rows, columns] for key in ("image", "mask"))
+            shown = {key: batch[key] for key in ("image", "mask", "edge", "partner") if key in batch}
+            batch = cast(Sample, {**batch, **{key: value[..., rows, columns] for key, value in shown.items()}})
         return super().augment(batch, draws)
 
     def make_dataset(
         self, records: Sequence[Record], native_mask: bool = False, cache: Storage = "none", training: bool = False
     ) -> SegmentationDataset:
-        """Records as samples, with the outlines that are asked for."""
-        names = list(self.attribute_groups)
-        return SegmentationDataset(self.dataset, records, names, self.frame, native_mask, cache, self.num_points)
+        """Records as samples, with the outlines, edges, texts and partners that are asked for."""
+        settings = (list(self.attribute_groups), self.frame, native_mask, cache, self.num_points)
+        partners = self.partners if training else None
+        return SegmentationDataset(self.dataset, records, *settings, partners=partners, caption=self.caption)
+
+    def request_reader(self) -> RequestReader:
+        """Reads masks, edges and texts."""
+        read = super().request_reader()
+        return read if self.caption is None else CaptionReader(read, self.caption)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from fairdiff_lightning.data.native import NativeDataset, Record
 from fairdiff_lightning.data.sample import UNKNOWN, AttributeSpec, Sample
-from fairdiff_lightning.data.volumes import RAS, Array, Volume, Window, check_same_grid
+from fairdiff_lightning.data.volumes import RAS, Array, Volume, Window, check_same_grid, read_volume
 
 
 class VolumeDataset(NativeDataset):
@@ -26,6 +26,8 @@ class VolumeDataset(NativeDataset):
 
     lesions: ClassVar[tuple[int, ...]] = ()
     """Classes that a generator of lesions makes; the others are anatomy."""
+    lesion_attributes: ClassVar[tuple[str, ...]] = ()
+    """Attributes of a lesion and not of its patient: whoever makes another lesion changes them."""
     axes: ClassVar[tuple[str, str, str]] = RAS
     """Directions that the axes of its arrays run to, as far as they are known."""
     flip_axes: ClassVar[tuple[int, ...]] = (0,)
@@ -69,6 +71,14 @@ class VolumeDataset(NativeDataset):
     def backgrounds(self, root: Path) -> list[Record]:
         """List the healthy images that a lesion can be put into; none where the layout marks none."""
         return []
+
+    def read_scan(self, file: str) -> Volume:
+        """Read a whole scan, in the unit of ``window`` and RAS order.
+
+        Raises:
+            InvalidSampleError: naming the file and what is wrong with it.
+        """
+        return read_volume(file)
 
     @abstractmethod
     def write_volumes(self, directory: Path, sample_id: str, image: Volume, mask: Volume, **notes: Any) -> Path:

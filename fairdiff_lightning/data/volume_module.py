@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -12,7 +12,9 @@ from lightning.pytorch.utilities import rank_zero_info
 from numpy.typing import NDArray
 
 from fairdiff_lightning.data.augmentation import RandomMirror
+from fairdiff_lightning.data.batch_augmentation import Classical
 from fairdiff_lightning.data.cache import Storage
+from fairdiff_lightning.data.classical_augmentation import ClassicalAugmentation
 from fairdiff_lightning.data.dataset import SegmentationDataset
 from fairdiff_lightning.data.frames import VolumeFrame
 from fairdiff_lightning.data.native import Record
@@ -40,6 +42,7 @@ class VolumeDataModule(NativeDataModule):
         patch_size: height, width and depth of the block of each volume that training sees, drawn anew each time.
         positive: share of these blocks that lie around a voxel of the foreground.
         augment: random mirroring of the training batch, and the change of intensity that is asked for.
+        augmentation: a row of :class:`~fairdiff_lightning.data.classical_augmentation.ClassicalAugmentation` instead.
         intensity: largest relative change of scale, and absolute one of level, that augmentation makes; 0 for none.
         **kwargs: arguments of :class:`~fairdiff_lightning.data.native_module.NativeDataModule`.
 
@@ -63,14 +66,16 @@ class VolumeDataModule(NativeDataModule):
         patch_size: Sides | None = None,
         positive: float = 0.5,
         augment: bool = True,
+        augmentation: Classical | None = None,
         intensity: float = 0.0,
         **kwargs: Any,
     ) -> None:
         if image_size and patch_size and any(p > n for p, n in zip(patch_size, image_size, strict=True)):
             raise ValueError(f"patch_size={patch_size} is larger than image_size={image_size}.")
         frame = VolumeFrame(_sides(image_size), spacing, crop_foreground, _sides(patch_size))
-        mirror = RandomMirror(dataset.flip_axes, intensity=intensity) if augment else None
-        super().__init__(dataset, frame, root, attributes, batch_size, num_workers, augmentation=mirror, **kwargs)
+        mirror = RandomMirror(dataset.flip_axes, intensity=intensity) if augmentation is None else None
+        change = (mirror or ClassicalAugmentation(cast(Classical, augmentation))) if augment else None
+        super().__init__(dataset, frame, root, attributes, batch_size, num_workers, augmentation=change, **kwargs)
         size = _sides(patch_size)
         self.patch = None if size is None else PatchSampler(size, positive)
 
@@ -78,8 +83,9 @@ class VolumeDataModule(NativeDataModule):
         self, records: Sequence[Record], native_mask: bool = False, cache: Storage = "none", training: bool = False
     ) -> SegmentationDataset:
         """Records as samples; blocks of them in training."""
-        names, patch = list(self.attribute_groups), self.patch if training else None
-        return SegmentationDataset(self.dataset, records, names, self.frame, native_mask, cache, patch=patch)
+        patch, partners = (self.patch, self.partners) if training else (None, None)
+        settings = (list(self.attribute_groups), self.frame, native_mask, cache)
+        return SegmentationDataset(self.dataset, records, *settings, patch=patch, partners=partners)
 
     def backgrounds(self) -> list[Record] | None:
         """The scans that ``generate`` wants lesions put into, of no held-out case; None when it wants none.

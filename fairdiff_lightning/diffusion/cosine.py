@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
+
+NUM_STEPS = 300
+"""Of LeFusion's training."""
+_OTHER_NOISE = {"trained_betas", "beta_schedule", "beta_start", "beta_end", "num_train_timesteps"}
 
 
 def cosine_betas(num_steps: int, s: float = 0.008, max_beta: float = 0.9999) -> list[float]:
@@ -24,3 +31,11 @@ def cosine_betas(num_steps: int, s: float = 0.008, max_beta: float = 0.9999) -> 
     kept = np.cos((position + s) / (1 + s) * np.pi / 2) ** 2
     betas: list[float] = (1 - kept[1:] / kept[:-1]).clip(0, max_beta).tolist()
     return betas
+
+
+def cosine_arguments(given: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Arguments of a scheduler of diffusers with LeFusion's noise, unless those given bring a noise of their own."""
+    own = dict(given or {})
+    if _OTHER_NOISE & own.keys():
+        return own
+    return {"trained_betas": cosine_betas(NUM_STEPS), "num_train_timesteps": NUM_STEPS, **own}

@@ -127,6 +127,16 @@ def inpaint(
     return painted
 
 
+def check_chain(scheduler: Any, num_steps: int, eta: float, jump_length: int = 1, jump_n_sample: int = 1) -> None:
+    """Refuse before any training what :func:`inpaint` would refuse after it.
+
+    Raises:
+        ValueError: for jumps without effect, too many visits, or a scheduler that cannot.
+    """
+    check_jumps(num_steps, jump_length, jump_n_sample, MAX_VISITS)
+    noise_levels(scheduler, num_steps, eta, torch.device("cpu"))
+
+
 def _chain(
     network: Network,
     background: Tensor,

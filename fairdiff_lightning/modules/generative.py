@@ -17,7 +17,7 @@ from fairdiff_lightning.diffusion import generators
 from fairdiff_lightning.diffusion.noise import Generators
 from fairdiff_lightning.modules.optimization import configure
 
-CARRIED = ("id", "attributes", "seed", "source", "condition", "affine")
+CARRIED = ("id", "attributes", "seed", "source", "condition", "prompt", "affine")
 """What a generated sample takes over from its request."""
 
 

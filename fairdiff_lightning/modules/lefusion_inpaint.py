@@ -6,16 +6,16 @@ from typing import Any, Literal, cast
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torchmetrics import MeanMetric
 
 from fairdiff_lightning.data.sample import Sample
+from fairdiff_lightning.data.seeding import derive_seed
 from fairdiff_lightning.diffusion import (
     add_noise,
     build_scheduler,
-    build_training_scheduler,
     class_masks,
-    cosine_betas,
     gaussian,
     generators,
     inpaint,
@@ -29,6 +29,7 @@ from fairdiff_lightning.diffusion.inpaint import Compose, Region
 from fairdiff_lightning.losses.lesion import Norm, Normalise, lesion_noise_loss
 from fairdiff_lightning.modules.data_facts import check_data, chosen_attribute, group_of
 from fairdiff_lightning.modules.generative import GenerativeModule
+from fairdiff_lightning.modules.lesion_noise import check_lesion_classes, lesion_noise
 from fairdiff_lightning.modules.training_pass import over_training
 from fairdiff_lightning.networks.checkpoint import LoadReport, Source
 from fairdiff_lightning.networks.lesion_backbones import Backbone, build_lesion_network
@@ -44,8 +45,12 @@ REFERENCE: dict[str, Any] = {
     "num_steps": 300,
     "jump_length": 5,
     "jump_n_sample": 5,
+    "scheduler": "DDPMScheduler",
+    "scheduler_args": None,
     "sampler": "DDPMScheduler",
+    "sampler_args": None,
     "eta": 0.0,
+    "compose": "before",
     "final_composite": False,
     "roi": "volume",
 }
@@ -85,9 +90,9 @@ class LeFusionInpaint(GenerativeModule):
         compose: when the scan is put around the lesion, see :func:`~fairdiff_lightning.diffusion.inpaint.inpaint`.
         final_composite: leave the voxels outside of the lesion exactly as they were.
         roi: ``lesion`` shows the network the lesion with some context instead of the volume.
-        eta: noise that DDIM adds on its way.
+        eta: noise that DDIM adds on its way, 1 being as much as DDPM; None is 1 for DDIM and 0 for the others.
         scheduler: diffusers' scheduler of the training noise.
-        scheduler_args: its arguments; the cosine schedule of 300 steps by default.
+        scheduler_args: its arguments; without any of the noise, it is the cosine schedule of 300 steps.
         sampler: diffusers' scheduler that samples.
         sampler_args: its arguments.
         gradient_checkpointing: recompute activations in the backward pass, to save memory.
@@ -151,7 +156,7 @@ class LeFusionInpaint(GenerativeModule):
         compose: Compose = "before",
         final_composite: bool = True,
         roi: Region = "volume",
-        eta: float = 1.0,
+        eta: float | None = None,
         scheduler: str = "DDPMScheduler",
         scheduler_args: dict[str, Any] | None = None,
         sampler: str = "DDIMScheduler",
@@ -174,6 +179,7 @@ class LeFusionInpaint(GenerativeModule):
         self.settings = dict(self.hparams) | (REFERENCE if reference_behaviour else {})
         self.image_size = (image_size[0], image_size[1], image_size[2])
         self.classes = tuple(range(1, num_classes) if lesion_classes is None else lesion_classes)
+        check_lesion_classes(self.classes, (), num_classes)
         dim = len(self.classes) * bins
         self.network = build_lesion_network(
             backbone,
@@ -187,10 +193,9 @@ class LeFusionInpaint(GenerativeModule):
             arguments=network_args,
             image_size=self.image_size,
         )
-        cosine = {"trained_betas": cosine_betas(300), "num_train_timesteps": 300}
-        self.noise = build_training_scheduler(scheduler, scheduler_args or cosine)
-        self.make_sampler()  # so that a wrong name or argument is found now
+        self.noise, self.settings["eta"] = lesion_noise(self.settings)
         self.bank = TextureBank(textures, len(self.classes), bins)
+        self.bank.check(texture)
         self.metrics = torch.nn.ModuleDict({name: MeanMetric() for name in ("reconstruction", "histogram_distance")})
 
     def make_sampler(self) -> Any:
@@ -202,6 +207,13 @@ class LeFusionInpaint(GenerativeModule):
         data: Any = getattr(self.trainer, "datamodule", None)
         facts = {name: self.hparams[name] for name in ("num_classes", "in_channels")}
         check_data(data, {}, **facts, image_size=self.image_size)
+        asked = next(iter(getattr(data, "attribute_groups", {})), None)
+        if getattr(data, "generate", None) and asked in data.dataset.lesion_attributes and self._mislabels():
+            raise ValueError(
+                f"requests ask for groups of '{asked}', which the samples get as a label, but texture="
+                f"{self.hparams['texture']!r} draws any. Set texture='group' (--model.texture=group), or ask for no "
+                "groups (--data.attributes=[])."
+            )
         if self.hparams["compile"]:
             self.network.compile()
 
@@ -233,23 +245,23 @@ class LeFusionInpaint(GenerativeModule):
     def generate(self, requests: Sample) -> dict[str, Any]:
         """Paint lesions: ``image`` (B, 1, H, W, D) in [0, 1] and ``mask``.
 
+        A scan whose mask has no lesion stays as it is, with a warning.
+
         Args:
             requests: ``seed`` (B,), the scan ``image`` (B, 1, H, W, D), the ``mask`` of the lesions to come and, unless
                 the module's ``texture`` will do, ``texture`` (B, K * bins).
-
-        Raises:
-            ValueError: for masks without any of the lesion classes, with the requests' ids.
         """
-        random, given = generators(requests["seed"]), dict[str, Any](requests)
-        self._refuse_empty(requests)
-        conditioned = self.hparams["conditioning"] is not None
-        condition = given.get("texture") if conditioned else None
-        if conditioned and condition is None:
-            condition = self.bank.draw(self.hparams["texture"], random, self._groups(requests))
-        return {"image": self.paint(given["image"], given["mask"], condition, given["seed"]), "mask": given["mask"]}
+        given, masks = dict[str, Any](requests), class_masks(requests["mask"], self.classes).flatten(2)
+        some = masks.any(2).any(1).nonzero().flatten()
+        image = given["image"].clone()
+        self._warn_of_empty(requests, some)
+        if len(some):
+            chosen = {name: given[name][some.to(given[name].device)] for name in ("image", "mask", "seed")}
+            image[some] = self.paint(**chosen, condition=self._asked(given, some, masks.any(2)[some]))
+        return {"image": image, "mask": given["mask"]}
 
     @torch.no_grad()
-    def paint(self, image: Tensor, mask: Tensor, condition: Tensor | None, seeds: Tensor) -> Tensor:
+    def paint(self, image: Tensor, mask: Tensor, condition: Tensor | None, seed: Tensor) -> Tensor:
         """Scans (B, 1, H, W, D) in [0, 1] with lesions in the masks (B, 1, H, W, D), of histograms (B, K * bins)."""
         s, scan = self.settings, image * 2 - 1
         masks = class_masks(mask, self.classes)
@@ -259,7 +271,7 @@ class LeFusionInpaint(GenerativeModule):
             mask=masks.any(1, keepdim=True),
             scheduler=self.make_sampler(),
             condition=condition,
-            seeds=seeds,
+            seeds=seed,
             stride=self.network.strides,
             **{name: s[name] for name in ("num_steps", "jump_length", "jump_n_sample", "compose", "eta", "roi")},
             final_composite=s["final_composite"],
@@ -294,7 +306,7 @@ class LeFusionInpaint(GenerativeModule):
         super().on_validation_epoch_end()
         for name, module in self.metrics.items():
             metric = cast(MeanMetric, module)
-            if not self.trainer.sanity_checking and self.num_validation_samples:
+            if not self.trainer.sanity_checking and metric.update_called:
                 self.log(f"val/{name}", metric.compute())
             metric.reset()
 
@@ -316,13 +328,26 @@ class LeFusionInpaint(GenerativeModule):
         both = self.network(torch.cat([noisy] * 2), step, torch.cat([condition] * 2), dropped)
         return guide(both.float(), scale)
 
-    def _refuse_empty(self, requests: Sample) -> None:
-        found = class_masks(requests["mask"], self.classes).flatten(1).any(1).tolist()
-        empty = [name for name, has in zip(requests["id"], found, strict=True) if not has]
+    def _mislabels(self) -> bool:
+        return self.hparams["conditioning"] is not None and self.hparams["texture"] != "group"
+
+    def _asked(self, given: dict[str, Any], some: Tensor, present: Tensor) -> Tensor | None:
+        """Histograms for the samples that are painted: those given, or drawn ones."""
+        if self.hparams["conditioning"] is None:
+            return None
+        if given.get("texture") is not None:
+            return cast(Tensor, given["texture"])[some]
+        seeds = [derive_seed("texture", seed) for seed in given["seed"].cpu()[some.cpu()].tolist()]
+        groups = self._groups(cast(Sample, given)).cpu()[some.cpu()]
+        drawn = self.bank.draw(self.hparams["texture"], generators(torch.tensor(seeds)), groups, present)
+        return drawn.to(given["image"].device)
+
+    def _warn_of_empty(self, requests: Sample, some: Tensor) -> None:
+        empty = sorted(set(range(len(requests["id"]))) - set(some.tolist()))
         if empty:
-            raise ValueError(
-                f"the masks of {', '.join(empty)} have no voxel of the lesion classes {self.classes}: nothing is to be "
-                "painted. Leave these masks out, or check that they lie inside of the volume."
+            rank_zero_warn(
+                f"the masks of {', '.join(requests['id'][k] for k in empty)} have no voxel of the lesion classes "
+                f"{self.classes}: these scans stay as they are. Check that the masks lie inside of the volume."
             )
 
     def _groups(self, batch: Sample) -> Tensor:

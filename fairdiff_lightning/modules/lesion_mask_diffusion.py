@@ -17,9 +17,7 @@ from fairdiff_lightning.data.seeding import derive_seed
 from fairdiff_lightning.diffusion import (
     add_noise,
     build_scheduler,
-    build_training_scheduler,
     class_masks,
-    cosine_betas,
     gaussian,
     generators,
     inpaint,
@@ -39,6 +37,7 @@ from fairdiff_lightning.diffusion.lesion_cleanup import REFERENCE_ZOOM, clean_le
 from fairdiff_lightning.losses.lesion import Norm
 from fairdiff_lightning.modules.data_facts import check_data
 from fairdiff_lightning.modules.generative import GenerativeModule
+from fairdiff_lightning.modules.lesion_noise import check_lesion_classes, lesion_noise
 from fairdiff_lightning.modules.training_pass import over_training
 from fairdiff_lightning.networks.checkpoint import LoadReport, Source
 from fairdiff_lightning.networks.lesion_backbones import Backbone, build_lesion_network
@@ -56,6 +55,8 @@ REFERENCE: dict[str, Any] = {
 """What the authors' code does."""
 
 LOSSES = {"l1": F.l1_loss, "l2": F.mse_loss}
+ATTEMPTS = 3
+"""Draws of a mask that comes out empty, the first included."""
 
 
 class LesionMaskDiffusion(GenerativeModule):
@@ -83,9 +84,9 @@ class LesionMaskDiffusion(GenerativeModule):
             :func:`~fairdiff_lightning.diffusion.lesion_cleanup.clean_lesions`.
         radius_scale: of the spheres that are taken over from masks; above 1 asks for larger lesions.
         num_steps: levels of the sampling chain.
-        eta: noise that DDIM adds on its way.
+        eta: noise that DDIM adds on its way, 1 being as much as DDPM; None is 1 for DDIM and 0 for the others.
         scheduler: diffusers' scheduler of the training noise.
-        scheduler_args: its arguments; the cosine schedule of 300 steps by default.
+        scheduler_args: its arguments; without any of the noise, it is the cosine schedule of 300 steps.
         sampler: diffusers' scheduler that samples.
         sampler_args: its arguments.
         gradient_checkpointing: recompute activations in the backward pass, to save memory.
@@ -142,7 +143,7 @@ class LesionMaskDiffusion(GenerativeModule):
         cleanup: bool = True,
         radius_scale: float = 1.0,
         num_steps: int = 50,
-        eta: float = 1.0,
+        eta: float | None = None,
         scheduler: str = "DDPMScheduler",
         scheduler_args: dict[str, Any] | None = None,
         sampler: str = "DDIMScheduler",
@@ -174,9 +175,7 @@ class LesionMaskDiffusion(GenerativeModule):
             arguments=network_args,
             image_size=self.image_size,
         )
-        cosine = {"trained_betas": cosine_betas(300), "num_train_timesteps": 300}
-        self.noise = build_training_scheduler(scheduler, scheduler_args or cosine)
-        self.make_sampler()  # so that a wrong name or argument is found now
+        self.noise, self.settings["eta"] = lesion_noise(self.settings)
         self.bank = SphereBank()
         self.metrics = torch.nn.ModuleDict({name: MeanMetric() for name in ("volume_ratio", "outside_sphere")})
 
@@ -216,14 +215,15 @@ class LesionMaskDiffusion(GenerativeModule):
 
         Args:
             requests: ``seed`` (B,), and ``mask`` (B, 1, H, W, D), ``sphere`` (B, 4) or both. Without ``sphere`` the new
-                lesions follow the spheres of those in ``mask``; its classes that are no lesions stay in the result. In
-                a ``mask`` of anatomy without a lesion a place is drawn, and the size of a training lesion.
+                lesions follow the spheres of those in ``mask``; its classes that are no lesions stay in the result. For
+                a ``mask`` without a lesion the size of a training lesion is drawn, and a place in the boundary, or the
+                middle of the block.
                 ``boundary`` (B, 1, H, W, D) says where lesions may lie, as does a ``mask`` if the module has
                 ``boundary_classes``; of the two, what both allow.
 
         Raises:
-            ValueError: for requests without sphere and mask, a mask to follow without a lesion or anatomy, a sphere
-                that asks for nothing, shapes that do not fit, or a boundary that leaves nothing of a sphere.
+            ValueError: for requests without sphere and mask, a sphere that asks for nothing, shapes that do not fit, or
+                a boundary that leaves nothing of a sphere.
         """
         given = dict[str, Any](requests)
         mask, spheres = given.get("mask"), given.get("sphere")
@@ -234,7 +234,7 @@ class LesionMaskDiffusion(GenerativeModule):
             spheres = self._followed(mask, boundary, given)
         else:
             check_spheres(spheres, self.image_size)
-        lesions = self._draw(spheres, boundary, given["seed"])
+        lesions = self._found(spheres, boundary, given["seed"].cpu())
         _warn_of_empty(lesions, given.get("id"))
         return {"mask": lesions if mask is None else self._placed(lesions, mask)}
 
@@ -276,7 +276,7 @@ class LesionMaskDiffusion(GenerativeModule):
         super().on_validation_epoch_end()
         for name, module in self.metrics.items():
             metric = cast(MeanMetric, module)
-            if not self.trainer.sanity_checking and self.num_validation_samples:
+            if not self.trainer.sanity_checking and metric.update_called:
                 self.log(f"val/{name}", metric.compute())
             metric.reset()
 
@@ -313,26 +313,40 @@ class LesionMaskDiffusion(GenerativeModule):
         # the reference's larger grid has one class
         return lesions * (classes[strongest] if len(classes) > 1 else classes)
 
+    def _found(self, spheres: Tensor, boundary: Tensor | None, seeds: Tensor) -> Tensor:
+        """Lesions in spheres; one that comes out empty is drawn again, from a seed derived from its own."""
+        lesions = self._draw(spheres, boundary, seeds)
+        for attempt in range(1, ATTEMPTS):
+            empty = (~(lesions > 0).flatten(1).any(1)).nonzero().flatten()
+            if not len(empty):
+                break
+            again = torch.tensor([derive_seed("again", attempt, seed) for seed in seeds[empty.cpu()].tolist()])
+            region = None if boundary is None else boundary[empty.to(boundary.device)]
+            lesions[empty] = self._draw(spheres[empty.to(spheres.device)], region, again)
+        return lesions
+
     def _followed(self, mask: Tensor | None, boundary: Tensor | None, given: dict[str, Any]) -> Tensor:
-        """Spheres of the lesions of masks, and drawn ones in anatomy without."""
+        """Spheres of the lesions of masks; where there are none, a drawn place in the boundary, or the middle."""
         if mask is None:
             raise ValueError(
                 "the requests have neither 'sphere' (B, 4) nor 'mask' (B, 1, H, W, D); give the spheres that lesions "
                 "are to lie in, or masks with lesions whose spheres are taken over."
             )
-        empty = _without(class_masks(mask, self.classes), given.get("id"))
-        if empty and boundary is None:
-            raise ValueError(
-                f"the masks of {', '.join(empty)} have no voxel of the lesion classes {self.classes}, so that there is "
-                "no sphere to follow; leave these masks out, or give 'sphere' (B, 4), or a boundary."
-            )
         scale = torch.tensor([1, 1, 1, self.hparams["radius_scale"]], device=mask.device)
         spheres = self.spheres(mask) * scale
-        if empty and boundary is not None:
-            lacking = (spheres[:, 3] < 0).nonzero().flatten()
-            seeds = torch.tensor([derive_seed("sphere", seed) for seed in given["seed"][lacking.cpu()].tolist()])
-            spheres[lacking] = self.bank.draw(boundary[lacking], generators(seeds)).to(spheres)
+        lacking = (spheres[:, 3] < 0).nonzero().flatten().cpu()
+        if len(lacking):
+            places = self._middle(len(mask)) if boundary is None else boundary
+            seeds = torch.tensor([derive_seed("sphere", seed) for seed in given["seed"].cpu()[lacking].tolist()])
+            spheres[lacking] = self.bank.draw(places[lacking].cpu(), generators(seeds)).to(spheres)
         return spheres
+
+    def _middle(self, count: int) -> Tensor:
+        """The middle voxel alone, (B, 1, H, W, D) bool: blocks are centred on their lesions."""
+        places = torch.zeros(count, 1, *self.image_size, dtype=torch.bool)
+        row, column, depth = (side // 2 for side in self.image_size)
+        places[..., row, column, depth] = True
+        return places
 
     def _boundary(self, given: dict[str, Any]) -> Tensor | None:
         """Where the lesions of requests may lie; None for everywhere."""
@@ -377,12 +391,7 @@ class LesionMaskDiffusion(GenerativeModule):
         return encode_spheres(inside, self.settings["sphere_encoding"])
 
     def _check_arguments(self, num_classes: int) -> None:
-        chosen = self.classes + self.boundary_classes
-        if not self.classes or len(set(chosen)) < len(chosen) or not set(chosen) <= set(range(1, num_classes)):
-            raise ValueError(
-                f"lesion_classes {self.classes} and boundary_classes {self.boundary_classes}; expected are different "
-                f"classes from 1 to {num_classes - 1} (num_classes={num_classes}), and at least one lesion class."
-            )
+        check_lesion_classes(self.classes, self.boundary_classes, num_classes)
         if self.settings["loss"] not in LOSSES:
             raise ValueError(f"loss={self.settings['loss']!r}; expected is {' or '.join(LOSSES)}.")
         encode_spheres(torch.ones(1, dtype=torch.bool), self.settings["sphere_encoding"])

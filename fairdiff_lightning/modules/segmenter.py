@@ -144,8 +144,16 @@ class Segmenter(LightningModule):
         return logits
 
     def losses(self, batch: Sample) -> dict[str, Tensor]:
-        """Named loss terms of a batch; ``loss`` is what is minimised."""
-        return {"loss": self.objective(self(batch["image"], self.group(batch)), batch)}
+        """Named loss terms of a batch; ``loss`` is what is minimised.
+
+        A batch with ``partner`` passes twice, since norms of batches must see real and synthetic images apart, and the
+        logits are merged by ``keep_real`` (DiffBoost's code).
+        """
+        group = self.group(batch)
+        logits = self(batch["image"], group)
+        if "partner" in batch:
+            logits = torch.where(batch["keep_real"], logits, self(batch["partner"], group))
+        return {"loss": self.objective(logits, batch)}
 
     def objective(self, logits: Tensor, batch: Sample) -> Tensor:
         """The segmentation loss of the logits, a scalar."""
@@ -271,8 +279,8 @@ class Segmenter(LightningModule):
         num_classes, unequal = self.hparams["num_classes"], not isinstance(prediction, Tensor)
         if unequal or not isinstance(truth, Tensor) or (spacings and any(s != spacings[0] for s in spacings)):
             rows = [
-                self._scores(p[None], t[None], s if s is None else [s])
-                for p, t, s in zip(prediction, truth, spacings or [None] * len(prediction), strict=True)
+                self._scores(p[None], t[None], None if spacings is None else [spacings[i]])
+                for i, (p, t) in enumerate(zip(prediction, truth, strict=True))
             ]
             return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
         pred = cast(Tensor, prediction)

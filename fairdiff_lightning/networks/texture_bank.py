@@ -59,7 +59,8 @@ class TextureBank(nn.Module):
             raise ValueError(f"{len(histograms)} training lesions make no {count} textures; ask for fewer `textures`.")
         found = histograms.double().cpu().numpy()
         centroids, _ = kmeans2(found, count, minit="++", seed=np.random.default_rng(0), iter=100, missing="warn")
-        brightness = centroids.reshape(count, self.classes, self.bins).sum(1) @ np.arange(self.bins)
+        rows = centroids.reshape(count, self.classes, self.bins)
+        brightness = rows.sum(1) @ np.arange(self.bins) / rows.sum((1, 2)).clip(min=1e-9)
         centroids = centroids[np.argsort(brightness)]
         nearest = ((found[:, None] - centroids) ** 2).sum(-1).argmin(0)
         device = self.histograms.device
@@ -69,7 +70,30 @@ class TextureBank(nn.Module):
         self.centroids.copy_(torch.from_numpy(centroids))
         self.exemplars.copy_(self.histograms[torch.from_numpy(nearest).to(device)])
 
-    def draw(self, texture: str, random: Generators, groups: Tensor | None = None, amount: float = 0.1) -> Tensor:
+    def check(self, texture: str) -> None:
+        """Refuse a name that :meth:`draw` does not know.
+
+        Raises:
+            ValueError: with those that it knows.
+        """
+        chosen = _PROTOTYPE.fullmatch(texture)
+        if texture not in ("empirical", "group", "random") and not chosen:
+            raise ValueError(
+                f"texture {texture!r}; expected is 'cluster:<k>', 'exemplar:<k>', 'random', 'empirical' or 'group'."
+            )
+        if chosen and int(chosen[2]) >= len(self.centroids):
+            raise ValueError(
+                f"texture {texture!r}: there are {len(self.centroids)}, counted from 0, from dark to bright."
+            )
+
+    def draw(
+        self,
+        texture: str,
+        random: Generators,
+        groups: Tensor | None = None,
+        present: Tensor | None = None,
+        amount: float = 0.1,
+    ) -> Tensor:
         """A histogram (B, classes * bins) for each generator.
 
         Args:
@@ -77,29 +101,43 @@ class TextureBank(nn.Module):
                 training lesion as it is; ``group``, any training lesion of the sample's group.
             random: one for each sample.
             groups: (B,) group of each sample, for ``group``; any lesion where it is -1.
+            present: (B, classes) bool, the classes that are to be painted: one that the drawn lesion does not have gets
+                the histogram of another training lesion.
             amount: largest relative change of a bin of a prototype, see
                 :func:`~fairdiff_lightning.diffusion.lesion_histogram.jitter`.
 
         Raises:
-            ValueError: for another name, a prototype or a group that there is not, or before anything was measured.
+            ValueError: for another name, a prototype, group or class that there is not, or before anything was
+                measured.
         """
+        self.check(texture)
         if not len(self.histograms):
             raise ValueError(f"texture={texture!r}: no training lesion was measured; train first, or give histograms.")
         if texture == "empirical":
-            return self.histograms[self._indices(len(self.histograms), random)]
-        if texture == "group":
-            return self._of_groups(groups, random)
+            drawn = self.histograms[self._indices(len(self.histograms), random)]
+        elif texture == "group":
+            drawn = self._of_groups(groups, random)
+        else:
+            drawn = self._prototypes(texture, random, amount)
+        return drawn if present is None else self._completed(drawn, present, random)
+
+    def _prototypes(self, texture: str, random: Generators, amount: float) -> Tensor:
         chosen = _PROTOTYPE.fullmatch(texture)
-        if texture != "random" and not chosen:
-            raise ValueError(
-                f"texture {texture!r}; expected is 'cluster:<k>', 'exemplar:<k>', 'random', 'empirical' or 'group'."
-            )
         table = self.exemplars if chosen and chosen[1] == "exemplar" else self.centroids
         index = self._indices(len(table), random) if chosen is None else [int(chosen[2])] * len(random)
-        if max(index) >= len(table):
-            raise ValueError(f"texture {texture!r}: there are {len(table)}, counted from 0, from dark to bright.")
         rows = table[index].view(len(random), self.classes, self.bins)
         return jitter(rows, gaussian(rows, random), amount).flatten(1)
+
+    def _completed(self, drawn: Tensor, present: Tensor, random: Generators) -> Tensor:
+        """Give each class that is to be painted a histogram; an absent one was never trained."""
+        rows, known = (table.view(len(table), self.classes, self.bins) for table in (drawn.clone(), self.histograms))
+        lacking = present.to(rows.device) & (rows.sum(-1) == 0)
+        for sample, lesion_class in lacking.nonzero().tolist():
+            candidates = known[known[:, lesion_class].any(-1), lesion_class]
+            if not len(candidates):
+                raise ValueError(f"no training lesion has lesion class number {lesion_class}: its texture is unknown.")
+            rows[sample, lesion_class] = candidates[self._indices(len(candidates), [random[sample]])[0]]
+        return rows.flatten(1)
 
     def _of_groups(self, groups: Tensor | None, random: Generators) -> Tensor:
         asked = [-1] * len(random) if groups is None else groups.tolist()

@@ -206,6 +206,55 @@ def test_lesions_for_whole_scans_lie_in_the_lungs(tmp_path):
         assert lungs.array[tuple(np.round(voxels[:3]).astype(int))].all()
 
 
+def test_whole_scans_are_seen_at_the_spacing_of_training(tmp_path):
+    write_volume(tmp_path / "LIDC-IDRI-9999.nii.gz", chest(np.random.default_rng(0), nodules=0).image)
+    plan = GenerationPlan(per_group=1, masks="train", backgrounds=str(tmp_path))
+    data = ready(image_size=(24, 24, 12), spacing=(3.0, 3.0, 5.0), generate=plan, batch_size=3)
+    batch = next(iter(data.predict_dataloader()))
+    np.testing.assert_allclose(batch["spacing"], [[3, 3, 5]] * 3, atol=1e-4)
+    own = data.dataset.read_labels(data.requests()[0].condition)
+    asked = own.array.sum() * np.prod(own.spacing)
+    assert float(batch["mask"][0].sum()) * 45 == pytest.approx(asked, rel=0.3), "a lesion keeps its size in mm"
+    small = ready(image_size=(4, 4, 2), spacing=(3.0, 3.0, 5.0), generate=plan)
+    with pytest.raises(InvalidSampleError, match="one that fits into the block"):
+        next(iter(small.predict_dataloader()))
+
+
+def test_scans_of_held_out_patients_are_left_out(tmp_path):
+    image = chest(np.random.default_rng(0), nodules=0).image
+    held_out = sorted({r.unit for r in ready().splits["test"]})[0]
+    write_volume(tmp_path / held_out / "01-01-2000" / "scan.nii.gz", image)
+    plan = GenerationPlan(per_group=1, masks="train", backgrounds=str(tmp_path))
+    with pytest.raises(ValueError, match="whose case is not held out|is not held out"):
+        ready(generate=plan).requests()
+    write_volume(tmp_path / "LIDC-IDRI-9999" / "scan.nii.gz", image)
+    assert {r.background.id for r in ready(generate=plan).requests()} == {"LIDC-IDRI-9999-scan"}
+
+
+def test_scans_that_show_other_lesions_are_refused():
+    with pytest.raises(ValueError, match="they would have no label"):
+        GenerationPlan(total=1, masks="train", backgrounds="train")
+
+
+def test_without_a_known_group_samples_are_of_none(tmp_path):
+    LIDC().write_phantom(tmp_path, 0)
+    (tmp_path / "Pathological" / "nodules.csv").unlink()
+    plan = GenerationPlan(total=2, masks="own", backgrounds="train")
+    with pytest.warns(UserWarning, match="'texture' is unknown for all training samples"):
+        asked = ready(root=str(tmp_path), generate=plan).requests()
+    assert [request.group for request in asked] == [-1, -1]
+
+
+def test_an_offset_is_that_of_the_scanner_and_not_of_generated_samples(tmp_path):
+    data = ready(generate=GenerationPlan(per_group=1, masks="own", backgrounds="healthy"))
+    batch = next(iter(data.predict_dataloader()))
+    one = {k: batch[k][0] for k in ("image", "mask", "affine", "id", "source")}
+    data.write_sample(tmp_path, {**one, "attributes": {}, "synthetic": torch.tensor(True)})
+    (record,) = LIDC(hu_offset=-1024).index(tmp_path).records
+    plain = LIDC().read_image(record).array
+    assert np.array_equal(LIDC(hu_offset=-1024).read_image(record).array, plain)
+
+
 def test_a_scan_without_lungs_is_refused(tmp_path):
     write_volume(tmp_path / "phantom.nii.gz", Volume(np.full((40, 40, 20), -50, np.int16), np.eye(4)))
     data = ready(generate=GenerationPlan(per_group=1, masks="train", backgrounds=str(tmp_path)))

@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 from lightning.pytorch import Trainer
@@ -133,8 +135,15 @@ def test_training_measures_textures_and_validation_paints_lesions_anew(tmp_path)
     ("arguments", "message"),
     [
         ({"in_channels": 3}, "in_channels 3; expected is 1"),
-        ({"image_size": (15, 8, 6)}, "give multiples of 2"),
+        ({"image_size": (15, 8, 6)}, r"give multiples of \(2, 2, 1\)"),
         ({"sampler": "Magic"}, "scheduler 'Magic' is not known"),
+        ({"sampler": "DPMSolverMultistepScheduler", "eta": 1.0}, "has none; take DDIMScheduler"),
+        ({"jump_length": 6}, "no level can be jumped from"),
+        ({"texture": "exempler:1"}, "texture 'exempler:1'; expected is"),
+        ({"texture": "cluster:2"}, "there are 2, counted from 0"),
+        ({"lesion_classes": (0,)}, "expected are different classes from 1 to 1"),
+        ({"lesion_classes": (1, 1)}, "expected are different classes"),
+        ({"texture": "group"}, "num_groups names none"),
     ],
 )
 def test_what_cannot_be_built_is_refused(arguments, message):
@@ -142,8 +151,50 @@ def test_what_cannot_be_built_is_refused(arguments, message):
         module(**arguments)
 
 
-def test_an_empty_mask_is_refused_by_its_sample():
-    asked = requests()
+def test_a_scan_whose_mask_is_empty_stays_as_it_is():
+    made, asked = measured(), requests()
+    whole = made.generate(asked)["image"]
     asked["mask"][1] = 0
-    with pytest.raises(ValueError, match="masks of s1 have no voxel of the lesion classes"):
-        measured().generate(asked)
+    with pytest.warns(UserWarning, match="masks of s1 have no voxel of the lesion classes"):
+        found = made.generate(asked)["image"]
+    assert torch.equal(found[1], asked["image"][1])
+    torch.testing.assert_close(found[[0, 2]], whole[[0, 2]], atol=1e-5, rtol=0)
+
+
+def test_a_class_that_is_painted_has_a_histogram():
+    made = module(num_classes=3).eval()
+    rows = torch.zeros(8, 32)
+    rows[:, 3] = 1
+    rows[:2, 20] = 1
+    made.bank.measure(rows)
+    drawn = []
+    made.paint = lambda condition, image, **rest: drawn.append(condition) or image
+    made.generate(requests(8, 3))
+    (histograms,) = drawn
+    assert histograms.view(8, 2, 16).sum(-1).tolist() == [[1, 1]] * 8
+
+
+def test_the_noise_is_the_papers_unless_another_is_given():
+    plain, sample = module(), module(scheduler_args={"prediction_type": "sample"})
+    assert plain.noise.config.num_train_timesteps == sample.noise.config.num_train_timesteps == 300
+    assert torch.equal(plain.noise.betas, sample.noise.betas)
+    assert sample.noise.config.prediction_type == "sample"
+    assert module(scheduler_args={"num_train_timesteps": 50}, num_steps=6).noise.config.num_train_timesteps == 50
+    authors = module(reference_behaviour=True, compose="after", scheduler_args={"prediction_type": "sample"})
+    assert (authors.settings["compose"], authors.noise.config.prediction_type) == ("before", "epsilon")
+    solver = module(sampler="DPMSolverMultistepScheduler", jump_length=1, jump_n_sample=1)
+    assert (solver.settings["eta"], plain.settings["eta"]) == (0.0, 1.0)
+
+
+def test_labels_of_textures_that_are_not_painted_are_refused():
+    from fairdiff_lightning.data import GenerationPlan, LIDCDataModule
+
+    plan = GenerationPlan(per_group=1, masks="own", backgrounds="healthy")
+    data = LIDCDataModule(image_size=(16, 8, 6), generate=plan)
+    made = module(num_groups={"texture": 3})
+    made._trainer = SimpleNamespace(datamodule=data)
+    with pytest.raises(ValueError, match=r"--model\.texture=group"):
+        made.setup("predict")
+    other = module(num_groups={"texture": 3}, texture="group")
+    other._trainer = SimpleNamespace(datamodule=data)
+    other.setup("predict")

@@ -197,8 +197,20 @@ def test_larger_lesions_are_asked_for_by_scale():
         made._draw = lambda given, *rest: drawn.append(given) or torch.zeros(3, 1, *SIZE, dtype=torch.int64)
         with pytest.warns(UserWarning, match="without a lesion"):
             made.generate(asked)
+    assert len(drawn) == 6, "what comes out empty is drawn twice more"
     torch.testing.assert_close(drawn[0], spheres)
-    torch.testing.assert_close(drawn[1], spheres * torch.tensor([1, 1, 1, 1.5]))
+    torch.testing.assert_close(drawn[3], spheres * torch.tensor([1, 1, 1, 1.5]))
+
+
+def test_blocks_without_a_lesion_get_one_in_their_middle():
+    made, asked = module(), requests()
+    made.bank.measure(torch.tensor([[0, 0, 0, 2.0]]))
+    asked["mask"][1] = 0
+    drawn = []
+    made._draw = lambda spheres, *rest: drawn.append(spheres) or torch.ones(3, 1, *SIZE, dtype=torch.int64)
+    made.generate(asked)
+    assert drawn[0][1].tolist() == [*(side // 2 for side in SIZE), 2.0]
+    torch.testing.assert_close(drawn[0][[0, 2]], made.spheres(asked["mask"])[[0, 2]])
 
 
 def test_anatomy_without_a_lesion_gets_a_place_and_the_size_of_a_training_lesion():
@@ -225,7 +237,8 @@ def test_anatomy_without_a_lesion_gets_a_place_and_the_size_of_a_training_lesion
         made.generate({**asked, "mask": torch.zeros_like(anatomy)})
 
 
-def test_samples_without_a_lesion_are_named():
+def test_samples_without_a_lesion_are_named(monkeypatch):
+    monkeypatch.setattr("fairdiff_lightning.modules.lesion_mask_diffusion.ATTEMPTS", 1)
     nothing = torch.zeros(3, 1, *SIZE, dtype=torch.bool)
     nothing[1] = draw_spheres(SPHERES[1:2], SIZE)
     made = knows(module(), nothing)
@@ -331,7 +344,7 @@ def test_perfect_masks_score_what_smoothing_makes_of_them(reference_behaviour):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"image_size": (15, 8, 6)}, "give multiples of 2"),
+        ({"image_size": (15, 8, 6)}, r"give multiples of \(2, 2, 1\)"),
         ({"sampler": "Magic"}, "scheduler 'Magic' is not known"),
         ({"loss": "l3"}, "loss='l3'; expected is l1 or l2"),
         ({"sphere_encoding": "bytes"}, "sphere_encoding 'bytes'"),
@@ -359,7 +372,7 @@ CORNER[:, :, 0, 0, 0] = 1
     ("changes", "message"),
     [
         ({"mask": None}, "neither 'sphere' .* nor 'mask'"),
-        ({"mask": NOWHERE.long()}, r"the masks of s0, s1, s2 have no voxel of the lesion classes \(1,\)"),
+        ({"mask": NOWHERE.long()}, r"no training lesion was measured, so that no size can be drawn"),
         ({"mask": torch.ones(3, 1, 8, 8, 6)}, r"mask has shape .* expected is \(3, 1, 12, 8, 5\)"),
         ({"mask": None, "sphere": SPHERES * torch.tensor([1, 1, 1, 0])}, "radius 0.0"),
         ({"mask": None, "sphere": SPHERES + torch.tensor([0, 0, 9, 0])}, "centre inside of the volume of 12 x 8 x 5"),

@@ -1,0 +1,94 @@
+"""The frame of pictures and slices whose samples carry their edges."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fairdiff_lightning.data.cache import Arrays, Layout
+from fairdiff_lightning.data.edges import EdgeReader
+from fairdiff_lightning.data.frames import Frame, Tensors
+from fairdiff_lightning.data.native import NativeDataset, Record
+from fairdiff_lightning.data.sample import Sample
+
+PLACE = 2
+"""Of the edge among the arrays, after image and mask."""
+
+
+@dataclass(frozen=True)
+class EdgeFrame:
+    """Another frame, and ``edge``: edges of what it shows, joined with the contours of the labels.
+
+    Args:
+        frame: of pictures, or of slices.
+        edges: draws the edges and keeps them.
+    """
+
+    frame: Frame
+    edges: EdgeReader
+
+    def __repr__(self) -> str:
+        """Settings of frame and detector, for the caches' keys."""
+        return f"EdgeFrame({self.frame!r}, {self.edges.key(torch.empty(0), None)})"
+
+    @property
+    def size(self) -> tuple[int, ...] | None:
+        """Sides of every sample; None where each has its own."""
+        return self.frame.size
+
+    def decode(self, dataset: NativeDataset, record: Record) -> Arrays:
+        """Image (C, H, W), mask (H, W), edge (1, H, W) in levels of 8 bits, and what else the frame has."""
+        arrays = self.frame.decode(dataset, record)
+        edge = self.edges(*self._picture(arrays))
+        return (*arrays[:PLACE], (edge * 255).round().to(torch.uint8).numpy(), *arrays[PLACE:])
+
+    def layout(self, channels: int) -> Layout | None:
+        """That of the frame, and the edge's."""
+        layout = self.frame.layout(channels)
+        if layout is None or self.size is None:
+            return None
+        items = list(layout.items())
+        return dict([*items[:PLACE], ("edges", ((1, *self.size), np.uint8)), *items[PLACE:]])
+
+    def tensors(self, arrays: Arrays) -> Tensors:
+        """What the frame gives, and ``edge``."""
+        edge = torch.from_numpy(np.array(arrays[PLACE])).float().div_(255)
+        return {**self.frame.tensors(_without_edge(arrays)), "edge": edge}
+
+    def native(self, dataset: NativeDataset, record: Record, arrays: Arrays) -> Tensors:
+        """The mask at the file's own size, and where in the file the sample lies."""
+        return self.frame.native(dataset, record, _without_edge(arrays))
+
+    def condition(self, dataset: NativeDataset, record: Record) -> Tensors:
+        """What the frame gives of a real image's mask, and the image's ``edge``.
+
+        Raises:
+            ValueError: for a generated mask, which no image belongs to.
+        """
+        if record.synthetic:
+            raise ValueError(
+                f"generate: '{record.id}' is a generated mask, but edges are drawn of real images. Give masks='train'."
+            )
+        found = self.tensors(self.decode(dataset, record))
+        return {name: value for name, value in found.items() if name != "image"}
+
+    def prepare(self, dataset: NativeDataset, records: Sequence[Record]) -> None:
+        """Draw the edges of records in batches, for loader processes to find; not where samples differ in size."""
+        if self.size is None:
+            return
+        pictures = (self._picture(self.frame.decode(dataset, record)) for record in records)
+        self.edges.prepare(cast(Sample, {"image": image, "mask": mask}) for image, mask in pictures)
+
+    def _picture(self, arrays: Arrays) -> tuple[Tensor, Tensor]:
+        """Image in [0, 1], which the reference's spline leaves a little, and mask."""
+        found = self.frame.tensors(arrays)
+        return found["image"].clamp(0, 1), found["mask"]
+
+
+def _without_edge(arrays: Arrays) -> Arrays:
+    return (*arrays[:PLACE], *arrays[PLACE + 1 :])
