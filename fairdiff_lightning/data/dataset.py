@@ -21,7 +21,7 @@ from fairdiff_lightning.data.cache import (
 )
 from fairdiff_lightning.data.captions import Caption
 from fairdiff_lightning.data.errors import InvalidSampleError
-from fairdiff_lightning.data.frames import Frame, PictureFrame
+from fairdiff_lightning.data.frames import Frame, PictureFrame, VolumeFrame
 from fairdiff_lightning.data.native import NativeDataset, Record
 from fairdiff_lightning.data.partners import read_partner
 from fairdiff_lightning.data.patch_merge import PartnerIndex
@@ -42,7 +42,7 @@ class SegmentationDataset(Dataset[Sample]):
         cache: where decoded samples are kept; pictures without a size are not.
         num_points: also give so many outline points of the mask, under ``points``, see
             :func:`~fairdiff_lightning.geometry.mask_to_points`.
-        patch: give a block of each volume, drawn anew each time, instead of the volume.
+        patch: give a block of each volume, another one in each epoch, instead of the volume.
         partners: also give a synthetic image of the same mask, under ``partner``, read from its file each time; which
             one, the epoch tells, where the index is a pair of a place and an epoch.
         caption: also give a text, under ``prompt``.
@@ -79,8 +79,8 @@ class SegmentationDataset(Dataset[Sample]):
         arrays = self._cache.get(row, lambda i: self.decode(self._distinct[i]))
         partner = self._partner(record, epoch, arrays)
         if self.patch is not None:
-            block = self.patch.draw(arrays[1])
-            arrays, partner = _cut(arrays, block), _cut(partner, block) if partner else None
+            block, frame = self.patch.draw(arrays[1], epoch, place), cast(VolumeFrame, self.frame)
+            arrays, partner = frame.cut(arrays, block), frame.cut(partner, block) if partner else None
         sample = {
             **self.frame.tensors(arrays),
             "attributes": {name: torch.tensor(record.attributes[name]) for name in self.attributes},
@@ -137,10 +137,6 @@ class SegmentationDataset(Dataset[Sample]):
         if self.num_points is not None:
             layout = {**layout, "points": ((self.num_points, 3), np.float32)}
         return open_cache(storage, fingerprint(files, reader, settings), len(self._distinct), layout)
-
-
-def _cut(arrays: Arrays, block: tuple[slice, ...]) -> Arrays:
-    return (arrays[0][(slice(None), *block)], arrays[1][block], *arrays[2:])
 
 
 def _key(record: Record, *settings: object) -> str:

@@ -24,9 +24,9 @@ from fairdiff_lightning.data.edge_frame import EdgeFrame
 from fairdiff_lightning.data.errors import InvalidSampleError
 from fairdiff_lightning.data.folds import fold_records
 from fairdiff_lightning.data.native import Index, Record, check_classes, visible_files
-from fairdiff_lightning.data.partners import PartnerSampler
 from fairdiff_lightning.data.resize import resize_mask
 from fairdiff_lightning.data.sample import Sample
+from fairdiff_lightning.data.samplers import EpochSampler
 from fairdiff_lightning.data.segmentation import SegmentationDataModule
 from fairdiff_lightning.data.slice_stack import (
     ARCHIVE,
@@ -381,7 +381,7 @@ class DecathlonSliceDataModule(SegmentationDataModule):
             return super().train_dataloader()
         data = self._data("train")
         sampler: DistributedSampler[Any] = DistributedSampler(data, *self._ranks(), shuffle=False)
-        return self._loader(data, sampler if self.partners is None else PartnerSampler(sampler))
+        return self._loader(data, EpochSampler(sampler), self.batch_size)
 
     def val_dataloader(self) -> DataLoader[Sample]:
         """Of the validation cases; ``legacy`` validates on the test fold."""

@@ -151,6 +151,13 @@ class VolumeFrame:
         affine = torch.from_numpy(np.array(arrays[3]))
         return {"native_mask": _indices(mask), "native_affine": affine, "native_size": torch.tensor(mask.shape)}
 
+    def cut(self, arrays: Arrays, block: tuple[slice, ...]) -> Arrays:
+        """A block of the arrays, in its place in the patient."""
+        image, mask, affine, native = arrays
+        moved = np.array(affine)
+        moved[:3, 3] += moved[:3, :3] @ [side.start for side in block]
+        return image[(slice(None), *block)], mask[block], moved, native
+
     def condition(self, dataset: NativeDataset, record: Record) -> Tensors:
         """``mask``, ``affine`` and ``spacing``."""
         if self.foreground:

@@ -27,7 +27,7 @@ from fairdiff_lightning.data.frames import Frame
 from fairdiff_lightning.data.mixing import Balance, mix
 from fairdiff_lightning.data.module_facts import ModuleFacts
 from fairdiff_lightning.data.native import Index, NativeDataset, Record, make_directory_once
-from fairdiff_lightning.data.partners import PartnerSampler, find_partners
+from fairdiff_lightning.data.partners import find_partners
 from fairdiff_lightning.data.patch_merge import PartnerIndex, PatchMerge
 from fairdiff_lightning.data.phantoms import phantom_folder
 from fairdiff_lightning.data.provenance import marks, read_training_cases, refuse_seen
@@ -41,7 +41,7 @@ from fairdiff_lightning.data.requests import (
     make_requests,
 )
 from fairdiff_lightning.data.sample import UNKNOWN, Sample, collate, validate
-from fairdiff_lightning.data.samplers import GroupBalancedSampler, SequentialShards
+from fairdiff_lightning.data.samplers import EpochSampler, GroupBalancedSampler, SequentialShards
 from fairdiff_lightning.data.seeding import derive_seed, generator
 from fairdiff_lightning.data.selection import GroupFilter, find_attribute, select
 from fairdiff_lightning.data.splits import (
@@ -254,7 +254,7 @@ class NativeDataModule(ModuleFacts, LightningDataModule):
             if self.sampler == "group_balanced"
             else DistributedSampler(data, replicas, rank, shuffle=True, seed=self.seed)
         )
-        return self._loader(data, sampler if self.partners is None else PartnerSampler(sampler))
+        return self._loader(data, EpochSampler(sampler), self.batch_size)
 
     def val_dataloader(self) -> DataLoader[Sample]:
         """In order; under DDP padded so that every rank makes as many steps, as the wrapped network needs."""
@@ -287,7 +287,8 @@ class NativeDataModule(ModuleFacts, LightningDataModule):
             raise ValueError("nothing to generate: give the data module generate=GenerationPlan(...).")
         groups = self._balanced_groups() if self.attribute_specs else {0: "sample"}
         attribute = self.attribute_specs[0].name if self.attribute_specs else None
-        if attribute is not None and all(r.attributes[attribute] == UNKNOWN for r in self._real):
+        follows = self.generate.masks is not None or self.generate.backgrounds is not None
+        if follows and attribute is not None and all(r.attributes[attribute] == UNKNOWN for r in self._real):
             rank_zero_warn(f"'{attribute}' is unknown for all training samples: what is made is of no group of it.")
             groups, attribute = {UNKNOWN: "sample"}, None
         counts = {g: sum(attribute is None or r.attributes[attribute] == g for r in self._real) for g in groups}
@@ -406,10 +407,17 @@ class NativeDataModule(ModuleFacts, LightningDataModule):
     def _ranks(self) -> tuple[int, int]:
         return (self.trainer.world_size, self.trainer.global_rank) if self.trainer is not None else (1, 0)
 
-    def _loader(self, data: SegmentationDataset, sampler: DistributedSampler[Any]) -> DataLoader[Sample]:
+    @property
+    def evaluation_batch_size(self) -> int:
+        """Samples in a batch when not training."""
+        return self.batch_size
+
+    def _loader(
+        self, data: SegmentationDataset, sampler: DistributedSampler[Any], batch_size: int | None = None
+    ) -> DataLoader[Sample]:
         return DataLoader(
             dataset=data,
-            batch_size=self.batch_size,
+            batch_size=batch_size or self.evaluation_batch_size,
             sampler=sampler,
             num_workers=self.num_workers,
             collate_fn=cast(Any, collate),

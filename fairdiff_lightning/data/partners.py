@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence, Sized
-from typing import Any, cast
+from collections.abc import Sequence
 
 import numpy as np
-from torch.utils.data import DistributedSampler
 
 from fairdiff_lightning.data.cache import Arrays
 from fairdiff_lightning.data.errors import InvalidSampleError
@@ -16,29 +14,6 @@ from fairdiff_lightning.data.patch_merge import PartnerIndex
 
 UNLIKE = 0.25
 """Share of the foreground in which a partner's mask may differ, as it does when it is resized twice."""
-
-
-class PartnerSampler(DistributedSampler[Any]):
-    """Yields (index, epoch) of another sampler's indices, so that loader processes know the epoch.
-
-    Args:
-        sampler: the other one.
-    """
-
-    def __init__(self, sampler: DistributedSampler[Any]) -> None:
-        super().__init__(sampler.dataset, sampler.num_replicas, sampler.rank, shuffle=False)
-        self.sampler = sampler
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        """The indices of this rank, each with the current epoch."""
-        return ((index, self.sampler.epoch) for index in self.sampler)
-
-    def __len__(self) -> int:
-        return len(cast(Sized, self.sampler))
-
-    def set_epoch(self, epoch: int) -> None:
-        """Settle the order, and the partners, of an epoch."""
-        self.sampler.set_epoch(epoch)
 
 
 def find_partners(real: Sequence[Record], made: Sequence[Record], num_synthetic: int, seed: int) -> PartnerIndex:

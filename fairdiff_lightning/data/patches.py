@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from fairdiff_lightning.data.seeding import generator
 from fairdiff_lightning.data.volumes import Size
 
 
@@ -18,6 +19,7 @@ class PatchSampler:
     Args:
         size: height, width and depth of the block, voxels.
         positive: share of the blocks that are drawn around the foreground.
+        seed: of all draws.
 
     Raises:
         ValueError: for a share outside of [0, 1].
@@ -25,19 +27,21 @@ class PatchSampler:
 
     size: Size
     positive: float = 0.5
+    seed: int = 0
 
     def __post_init__(self) -> None:
         if not 0 <= self.positive <= 1:
             raise ValueError(f"positive={self.positive}; expected is a share of the blocks, 0 to 1.")
 
-    def draw(self, mask: NDArray[np.uint8], generator: torch.Generator | None = None) -> tuple[slice, ...]:
+    def draw(self, mask: NDArray[np.uint8], *names: object) -> tuple[slice, ...]:
         """Where the block lies in a mask (H, W, D) that is at least as large.
 
         Args:
             mask: class indices.
-            generator: CPU generator of the draws; the global one when None.
+            *names: what the draw is of, such as an epoch and a sample: the same names, the same block.
         """
-        around, *place = torch.rand(4, generator=generator, dtype=torch.float64).tolist()
+        random = generator(self.seed, "patch", *names)
+        around, *place = torch.rand(4, generator=random, dtype=torch.float64).tolist()
         room = [full - side for full, side in zip(mask.shape, self.size, strict=True)]
         voxels = np.flatnonzero(mask) if around < self.positive else ()
         if len(voxels):

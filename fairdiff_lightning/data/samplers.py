@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence, Sized
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch.utils.data import Dataset, DistributedSampler
@@ -71,3 +71,26 @@ class SequentialShards(DistributedSampler[int]):
 def _repeated_permutations(members: torch.Tensor, count: int, random: torch.Generator) -> torch.Tensor:
     repeats = -(-count // len(members))
     return torch.cat([members[torch.randperm(len(members), generator=random)] for _ in range(repeats)])[:count]
+
+
+class EpochSampler(DistributedSampler[Any]):
+    """Yields (index, epoch) of another sampler's indices: loader processes draw blocks and partners from the epoch.
+
+    Args:
+        sampler: the other one.
+    """
+
+    def __init__(self, sampler: DistributedSampler[Any]) -> None:
+        super().__init__(sampler.dataset, sampler.num_replicas, sampler.rank, shuffle=False)
+        self.sampler = sampler
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        """The indices of this rank, each with the current epoch."""
+        return ((index, self.sampler.epoch) for index in self.sampler)
+
+    def __len__(self) -> int:
+        return len(cast(Sized, self.sampler))
+
+    def set_epoch(self, epoch: int) -> None:
+        """Settle the order, and the draws, of an epoch."""
+        self.sampler.set_epoch(epoch)

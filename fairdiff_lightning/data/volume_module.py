@@ -35,7 +35,7 @@ class VolumeDataModule(NativeDataModule):
         root: folder in the owner's layout; None writes a phantom into the cache folder and uses it.
         attributes: attributes that a sample carries; the first is the one that ``balance`` and the sampler balance.
         image_size: height, width and depth of a sample, voxels, cropped or padded; None keeps each volume's own.
-        batch_size: samples in a batch, on each device; 1 for val and test where volumes differ in size.
+        batch_size: samples in a batch, on each device; when not training 1 where volumes differ in size.
         num_workers: loader processes.
         spacing: of the voxels that volumes are resampled to, mm; None resamples nothing.
         crop_foreground: crop to the box in which the image is above the window's low end first.
@@ -77,7 +77,7 @@ class VolumeDataModule(NativeDataModule):
         change = (mirror or ClassicalAugmentation(cast(Classical, augmentation))) if augment else None
         super().__init__(dataset, frame, root, attributes, batch_size, num_workers, augmentation=change, **kwargs)
         size = _sides(patch_size)
-        self.patch = None if size is None else PatchSampler(size, positive)
+        self.patch = None if size is None else PatchSampler(size, positive, self.seed)
 
     def make_dataset(
         self, records: Sequence[Record], native_mask: bool = False, cache: Storage = "none", training: bool = False
@@ -86,6 +86,11 @@ class VolumeDataModule(NativeDataModule):
         patch, partners = (self.patch, self.partners) if training else (None, None)
         settings = (list(self.attribute_groups), self.frame, native_mask, cache)
         return SegmentationDataset(self.dataset, records, *settings, patch=patch, partners=partners)
+
+    @property
+    def evaluation_batch_size(self) -> int:
+        """Samples in a batch when not training; volumes of unequal size do not stack."""
+        return 1 if self.frame.size is None else self.batch_size
 
     def backgrounds(self) -> list[Record] | None:
         """The scans that ``generate`` wants lesions put into, of no held-out case; None when it wants none.
