@@ -19,7 +19,7 @@ from test_fairdiff import TINY as PARTS
 from test_fairdiff import kind
 from test_lefusion import TINY as LESION_PARTS
 from test_lefusion import part, size
-from test_volumes import SMALL
+from test_volume_runs import SMALL
 
 from fairdiff_lightning.cli import main
 from fairdiff_lightning.data import DBT, LIDC, FairSeg, write_volume

@@ -10,7 +10,7 @@ from pipelines import REPOSITORY, pipeline, recorded
 from test_cli import CONFIGS, VOLUMES
 
 from fairdiff_lightning.cli import main, newest_checkpoint
-from fairdiff_lightning.data import LIDC, Emidec, EmidecDataModule
+from fairdiff_lightning.data import LIDC, Emidec, EmidecDataModule, paste_roi, read_volume
 
 QUIET = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.accelerator=cpu"]
 SHORT = [
@@ -124,6 +124,24 @@ def test_the_pipeline_puts_infarcts_into_the_walls_of_healthy_hearts(tmp_path):
         assert (wall.array[block][np.isin(mask.array, (3, 4))] == 2).all(), "lesions lie in the heart's own wall"
         outside = ~np.isin(mask.array, (3, 4))
         np.testing.assert_allclose(image.array[outside], scan.array[block][outside], atol=1e-6)
+
+
+def test_a_lesion_goes_into_a_real_scan_and_nothing_else_changes(realdata):
+    config = str(CONFIGS / "demo" / "lidc_lefusion.yaml")
+    arguments = ["--config", config, *size(config), *TINY["lefusion"], *QUIET]
+    main(["fit", *arguments, *SHORT, "--trainer.limit_train_batches=1"])
+    folder = realdata / "IBSI" / "ibsi_1_ct_radiomics_phantom" / "nifti" / "image"
+    plan = ["--data.generate.total=1", "--data.generate.masks=train", f"--data.generate.backgrounds={folder}"]
+    main(["predict", *arguments, *plan, "--ckpt_path=last", "--data.spacing=null", "--trainer.default_root_dir=."])
+    (record,) = LIDC().index(Path("synthetic")).records
+    block, mask = LIDC().read_volumes(record)
+    scan = read_volume(folder / "phantom.nii.gz").reoriented(LIDC.axes)
+    whole = paste_roi(scan, block, mask.array)
+    assert record.source == "phantom"
+    assert 0 < (whole.array != scan.array).sum() <= mask.array.sum()
+    start = np.round(np.linalg.solve(scan.affine, block.affine)[:3, 3]).astype(int)
+    around = scan.array[tuple(slice(s, s + n) for s, n in zip(start, block.shape, strict=True))].clip(-1000, 400)
+    assert np.abs(block.array - around)[mask.array == 0].max() <= 1, "what is around the lesion is the scan"
 
 
 def test_a_killed_pipeline_goes_on(tmp_path):
