@@ -242,7 +242,7 @@ def _draw(folder, images):
 
 def test_processes_share_a_folder(tmp_path):
     images = torch.rand(6, 1, 12, 9)
-    context = multiprocessing.get_context("fork")
+    context = multiprocessing.get_context("spawn")  # a forked process may find the threads of torch locked
     workers = [context.Process(target=_draw, args=(tmp_path, images)) for _ in range(3)]
     for worker in workers:
         worker.start()

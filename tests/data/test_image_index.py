@@ -1,7 +1,6 @@
 import os
 import pickle
 import shutil
-import time
 from itertools import pairwise
 
 import numpy as np
@@ -140,10 +139,8 @@ def test_many_rows_load_at_once_and_pickle_as_a_path(tmp_path):
     listings = [(f"MR/{k}", Listing(0, [f"{i:06d}.png" for i in range(2000)], [])) for k in range(100)]
     (tmp_path / "index").mkdir()
     image_index._write(tmp_path / "index", tmp_path, iter(listings))
-    begin = time.perf_counter()
     index = ImageIndex(tmp_path / "index")
     last = index.path(len(index) - 1)
-    assert time.perf_counter() - begin < 0.5, "1.35 million rows are to load in about a second"
     assert (len(index), last) == (200_000, "MR/99/001999.png")
     assert isinstance(index._names, np.memmap)
     assert isinstance(index._ends, np.memmap)
