@@ -105,7 +105,7 @@ def tiny_volumes(config):
     network = ["--model.network_args.feature_size=4"]
     if "hippocampus" in config:
         # a fast development run validates, which the configuration does not
-        return ["--data.image_size=[32,32,64]", "--data.fractions=[0.6,0.2,0.2]", *network]
+        return ["--data.fractions=[0.6,0.2,0.2]", *network]
     if "demo" in config:
         return [*SMALL, *network]
     return [*PATCHES, *network, *(["--model.num_experts=2"] if "dmoe" in config else [])]
