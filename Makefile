@@ -39,6 +39,13 @@ bench: $(READY)
 	$(BIN)/python benchmarks/controlnet.py
 	$(BIN)/python benchmarks/paired_sampling.py
 	$(BIN)/python benchmarks/paired_step.py
+	$(BIN)/python benchmarks/lesion_unet.py
+	$(BIN)/python benchmarks/inpaint.py
+	$(BIN)/python benchmarks/volumes.py
+	$(BIN)/python benchmarks/volume_mixture.py
+	$(BIN)/python benchmarks/edges.py
+	$(BIN)/python benchmarks/patch_merge.py
+	$(BIN)/python benchmarks/guidance.py
 	$(BIN)/python benchmarks/fairness_phantom.py
 
 docs: $(READY)
