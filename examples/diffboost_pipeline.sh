@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # DiffBoost: synthetic images for the edges of real ones, and what merging them patch by patch was worth to a segmenter, in
-# cross-validation. On the breast phantom, in minutes:
+# cross-validation. On the breast phantom:
 #
 #   bash examples/diffboost_pipeline.sh
 #

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# LeFusion: lesions painted into healthy scans, and what they were worth to a segmenter. On the lung phantom, in minutes:
+# LeFusion: lesions painted into healthy scans, and what they were worth to a segmenter. On the lung phantom:
 #
 #   bash examples/lefusion_pipeline.sh
 #
