@@ -166,7 +166,13 @@ def test_segmenters_train_on_merged_volumes(tmp_path, level):
     merge = PatchMerge(0.5, (8, 8, 4), level=level)
     data = ready(LIDCDataModule, synthetic=[folder], merge=merge, augment=True)
     model = Segmenter("unet", {"channels": (4, 8), "strides": (2,)}, data.num_classes, 1, (16, 16, 8))
-    Trainer(fast_dev_run=1, accelerator="cpu", enable_progress_bar=False, enable_model_summary=False).fit(model, data)
+    before, seen, losses = [p.clone() for p in model.parameters()], [], model.losses
+    model.losses = lambda batch: seen.append("partner" in batch) or losses(batch)
+    trainer = Trainer(fast_dev_run=1, accelerator="cpu", enable_progress_bar=False, enable_model_summary=False)
+    trainer.fit(model, data)
+    assert seen == [level == "logits"], "at the input the pair is one image already"
+    assert trainer.callback_metrics["train/loss"].isfinite()
+    assert any(not torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
 
 
 def test_a_fold_holds_its_cases_out_once_and_refuses_what_was_made_from_them(tmp_path):
