@@ -14,7 +14,6 @@ from fairdiff_lightning.data.sample import Sample
 from fairdiff_lightning.data.seeding import derive_seed
 from fairdiff_lightning.diffusion import (
     add_noise,
-    build_scheduler,
     class_masks,
     gaussian,
     generators,
@@ -28,13 +27,10 @@ from fairdiff_lightning.diffusion.guidance import guide
 from fairdiff_lightning.diffusion.inpaint import Compose, Region
 from fairdiff_lightning.losses.lesion import Norm, Normalise, lesion_noise_loss
 from fairdiff_lightning.modules.data_facts import check_data, chosen_attribute, group_of
-from fairdiff_lightning.modules.generative import GenerativeModule
-from fairdiff_lightning.modules.lesion_noise import check_lesion_classes, lesion_noise
+from fairdiff_lightning.modules.lesion_diffusion import LesionDiffusion
 from fairdiff_lightning.modules.training_pass import over_training
-from fairdiff_lightning.networks.checkpoint import LoadReport, Source
 from fairdiff_lightning.networks.lesion_backbones import Backbone, build_lesion_network
 from fairdiff_lightning.networks.lesion_unet import Conditioning
-from fairdiff_lightning.networks.lesion_weights import Weights
 from fairdiff_lightning.networks.texture_bank import TextureBank
 
 REFERENCE: dict[str, Any] = {
@@ -57,7 +53,7 @@ REFERENCE: dict[str, Any] = {
 """What the authors' code does."""
 
 
-class LeFusionInpaint(GenerativeModule):
+class LeFusionInpaint(LesionDiffusion):
     """Lesion synthesis inside of masks: a diffusion that learns lesion voxels alone and is given the scan around them.
 
     Zhang et al., *LeFusion: Controllable Pathology Synthesis via Lesion-Focused Diffusion Models*, ICLR 2025,
@@ -130,6 +126,9 @@ class LeFusionInpaint(GenerativeModule):
         ValueError: for sides that the network cannot halve, an unknown scheduler, or other channels than one.
     """
 
+    reference = REFERENCE
+    measures = ("reconstruction", "histogram_distance")
+
     def __init__(
         self,
         image_size: tuple[int, int, int] = (64, 64, 32),
@@ -176,10 +175,7 @@ class LeFusionInpaint(GenerativeModule):
                 f"in_channels {in_channels}; expected is 1, a grey scan, which has a channel for each class inside."
             )
         self.attribute = chosen_attribute(attribute, dict(num_groups or {}), needed=texture == "group")
-        self.settings = dict(self.hparams) | (REFERENCE if reference_behaviour else {})
-        self.image_size = (image_size[0], image_size[1], image_size[2])
-        self.classes = tuple(range(1, num_classes) if lesion_classes is None else lesion_classes)
-        check_lesion_classes(self.classes, (), num_classes)
+        self.adopt(range(1, num_classes))
         dim = len(self.classes) * bins
         self.network = build_lesion_network(
             backbone,
@@ -193,14 +189,8 @@ class LeFusionInpaint(GenerativeModule):
             arguments=network_args,
             image_size=self.image_size,
         )
-        self.noise, self.settings["eta"] = lesion_noise(self.settings)
         self.bank = TextureBank(textures, len(self.classes), bins)
         self.bank.check(texture)
-        self.metrics = torch.nn.ModuleDict({name: MeanMetric() for name in ("reconstruction", "histogram_distance")})
-
-    def make_sampler(self) -> Any:
-        """A new scheduler for sampling, along the noise of training."""
-        return build_scheduler(self.settings["sampler"], self.settings["sampler_args"], like=self.noise)
 
     def setup(self, stage: str) -> None:
         """Check that the data are what the network was built for, and compile."""
@@ -295,28 +285,6 @@ class LeFusionInpaint(GenerativeModule):
             distance = (self.histograms(made) - asked).abs().sum(1) / (2 * asked.sum(1).clamp(min=1))
             cast(MeanMetric, self.metrics["histogram_distance"]).update(distance)
         return output
-
-    def num_requests(self, batch: Sample) -> int:
-        """Samples up to the first one without a lesion."""
-        lesions = class_masks(batch["mask"], self.classes).flatten(1).any(1)
-        return int(lesions.cumprod(0).sum())
-
-    def on_validation_epoch_end(self) -> None:
-        """Log how well lesions were painted anew."""
-        super().on_validation_epoch_end()
-        for name, module in self.metrics.items():
-            metric = cast(MeanMetric, module)
-            if not self.trainer.sanity_checking and metric.update_called:
-                self.log(f"val/{name}", metric.compute())
-            metric.reset()
-
-    def load_reference_weights(self, source: Source, weights: Weights = "raw") -> LoadReport:
-        """Load the authors' ``lidc.pt`` or ``emidec.pt``; they generate with the ``raw`` weights.
-
-        Raises:
-            CheckpointMismatchError: naming every missing, unexpected or misshapen tensor.
-        """
-        return self.network.load_reference_weights(source, weights)
 
     def _predict(self, noisy: Tensor, step: Tensor, condition: Tensor | None) -> Tensor:
         """The network as the sampler calls it, guided towards the histogram."""

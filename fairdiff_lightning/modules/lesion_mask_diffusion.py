@@ -16,7 +16,6 @@ from fairdiff_lightning.data.sample import Sample
 from fairdiff_lightning.data.seeding import derive_seed
 from fairdiff_lightning.diffusion import (
     add_noise,
-    build_scheduler,
     class_masks,
     gaussian,
     generators,
@@ -36,8 +35,7 @@ from fairdiff_lightning.diffusion.control_sphere import (
 from fairdiff_lightning.diffusion.lesion_cleanup import REFERENCE_ZOOM, clean_lesions
 from fairdiff_lightning.losses.lesion import Norm
 from fairdiff_lightning.modules.data_facts import check_data
-from fairdiff_lightning.modules.generative import GenerativeModule
-from fairdiff_lightning.modules.lesion_noise import check_lesion_classes, lesion_noise
+from fairdiff_lightning.modules.lesion_diffusion import LesionDiffusion
 from fairdiff_lightning.modules.training_pass import over_training
 from fairdiff_lightning.networks.checkpoint import LoadReport, Source
 from fairdiff_lightning.networks.lesion_backbones import Backbone, build_lesion_network
@@ -59,7 +57,7 @@ ATTEMPTS = 3
 """Draws of a mask that comes out empty, the first included."""
 
 
-class LesionMaskDiffusion(GenerativeModule):
+class LesionMaskDiffusion(LesionDiffusion):
     """Lesion masks by diffusion, steered by a sphere for size and place and by a boundary that they stay inside of.
 
     DiffMask of Zhang et al., *LeFusion: Controllable Pathology Synthesis via Lesion-Focused Diffusion Models*, ICLR
@@ -128,6 +126,9 @@ class LesionMaskDiffusion(GenerativeModule):
             ``reference_behaviour`` with a boundary or several lesion classes.
     """
 
+    reference = REFERENCE
+    measures = ("volume_ratio", "outside_sphere")
+
     def __init__(
         self,
         image_size: tuple[int, int, int] = (64, 64, 32),
@@ -158,12 +159,9 @@ class LesionMaskDiffusion(GenerativeModule):
     ) -> None:
         super().__init__(optimizer, lr_scheduler, lr_interval, num_validation_samples)
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler"])
-        self.settings = dict(self.hparams) | (REFERENCE if reference_behaviour else {})
-        self.image_size = (image_size[0], image_size[1], image_size[2])
         self.boundary_classes = tuple(boundary_classes or ())
-        others = (k for k in range(1, num_classes) if k not in self.boundary_classes)
-        self.classes = tuple(others if lesion_classes is None else lesion_classes)
-        self._check_arguments(num_classes)
+        self.adopt((k for k in range(1, num_classes) if k not in self.boundary_classes), self.boundary_classes)
+        self._check_arguments()
         self.network = build_lesion_network(
             backbone,
             len(self.classes) + 1,
@@ -175,13 +173,7 @@ class LesionMaskDiffusion(GenerativeModule):
             arguments=network_args,
             image_size=self.image_size,
         )
-        self.noise, self.settings["eta"] = lesion_noise(self.settings)
         self.bank = SphereBank()
-        self.metrics = torch.nn.ModuleDict({name: MeanMetric() for name in ("volume_ratio", "outside_sphere")})
-
-    def make_sampler(self) -> Any:
-        """A new scheduler for sampling, along the noise of training."""
-        return build_scheduler(self.settings["sampler"], self.settings["sampler_args"], like=self.noise)
 
     def setup(self, stage: str) -> None:
         """Check that the data are what the network was built for, and compile."""
@@ -266,20 +258,6 @@ class LesionMaskDiffusion(GenerativeModule):
             self._measure(self.spheres(batch["mask"][: len(made["id"])]), made["mask"])
         return output
 
-    def num_requests(self, batch: Sample) -> int:
-        """Samples up to the first one without a lesion."""
-        lesions = class_masks(batch["mask"], self.classes).flatten(1).any(1)
-        return int(lesions.cumprod(0).sum())
-
-    def on_validation_epoch_end(self) -> None:
-        """Log how well spheres were followed."""
-        super().on_validation_epoch_end()
-        for name, module in self.metrics.items():
-            metric = cast(MeanMetric, module)
-            if not self.trainer.sanity_checking and metric.update_called:
-                self.log(f"val/{name}", metric.compute())
-            metric.reset()
-
     def load_reference_weights(self, source: Source, weights: Weights = "raw") -> LoadReport:
         """Load the authors' ``diffmask.pt``; they generate with the ``raw`` weights and need ``uint8_wrap``.
 
@@ -288,7 +266,7 @@ class LesionMaskDiffusion(GenerativeModule):
         """
         if self.settings["sphere_encoding"] != "uint8_wrap":
             rank_zero_warn("The authors' network knows spheres in bytes alone: set sphere_encoding='uint8_wrap'.")
-        return self.network.load_reference_weights(source, weights)
+        return super().load_reference_weights(source, weights)
 
     def _draw(self, spheres: Tensor, boundary: Tensor | None, seeds: Tensor | None) -> Tensor:
         """Lesion classes (B, 1, H, W, D) in spheres that are known to be sound."""
@@ -390,8 +368,7 @@ class LesionMaskDiffusion(GenerativeModule):
     def _encoded(self, inside: Tensor) -> Tensor:
         return encode_spheres(inside, self.settings["sphere_encoding"])
 
-    def _check_arguments(self, num_classes: int) -> None:
-        check_lesion_classes(self.classes, self.boundary_classes, num_classes)
+    def _check_arguments(self) -> None:
         if self.settings["loss"] not in LOSSES:
             raise ValueError(f"loss={self.settings['loss']!r}; expected is {' or '.join(LOSSES)}.")
         encode_spheres(torch.ones(1, dtype=torch.bool), self.settings["sphere_encoding"])
