@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fairdiff_lightning.diffusion.noise import Generators
-from fairdiff_lightning.diffusion.schedulers import PREDICTIONS
+from fairdiff_lightning.diffusion.schedulers import PREDICTIONS, exact_betas
 
 Noise = Callable[[Tensor], Tensor]
 """Standard normal noise of the shape, type and device of its argument."""
@@ -92,11 +92,7 @@ class NoiseLevels:
         return noisy * sqrt(ratio) + noise * sqrt(1 - ratio)
 
     def _signal_power(self, steps: Tensor) -> list[float]:
-        config = self.scheduler.config
-        betas = self.scheduler.betas.double()
-        if config.get("trained_betas") is not None and not config.get("rescale_betas_zero_snr"):
-            betas = torch.as_tensor(config.trained_betas, dtype=torch.float64)
-        kept: list[float] = (1 - betas).cumprod(0)[steps].tolist()
+        kept: list[float] = (1 - exact_betas(self.scheduler)).cumprod(0)[steps].tolist()
         return kept
 
 

@@ -13,7 +13,7 @@ PREDICTIONS = ("epsilon", "v_prediction", "sample")
 
 
 def build_scheduler(name: str, arguments: Mapping[str, Any] | None = None, like: Any = None) -> Any:
-    """Make a scheduler of diffusers.
+    """Make a scheduler of diffusers, with its tables of a given, linear or scaled linear noise in float64.
 
     Args:
         name: class name, such as ``DDPMScheduler``, ``DDIMScheduler`` or ``DPMSolverMultistepScheduler``.
@@ -35,7 +35,43 @@ def build_scheduler(name: str, arguments: Mapping[str, Any] | None = None, like:
         raise ValueError(f"{name} takes no argument {unknown}; it takes {', '.join(sorted(accepted))}.")
     followed = {} if like is None else {key: value for key, value in like.config.items() if key in accepted}
     with torch.device("cpu"):  # numbers, also where networks are made without memory
-        return cls(**followed | arguments)
+        scheduler = cls(**followed | arguments)
+        _sharpen(scheduler)
+    return scheduler
+
+
+def exact_betas(scheduler: Any) -> Tensor:
+    """Noise (T,) that each step of a scheduler adds, in float64.
+
+    diffusers rounds it to float32. What its configuration says is worked out again where that is one line: for
+    ``trained_betas``, ``linear`` and ``scaled_linear``. Other schedules have the digits that diffusers leaves.
+    """
+    config, double = scheduler.config, torch.float64
+    kind, count = config.get("beta_schedule"), config.num_train_timesteps
+    if config.get("rescale_betas_zero_snr"):
+        kind = "rescaled"
+    elif config.get("trained_betas") is not None:
+        return torch.as_tensor(config.trained_betas, dtype=double)
+    if kind == "linear":
+        return torch.linspace(config.beta_start, config.beta_end, count, dtype=double)
+    if kind == "scaled_linear":
+        return torch.linspace(config.beta_start**0.5, config.beta_end**0.5, count, dtype=double).square()
+    rounded: Tensor = scheduler.betas.double()
+    return rounded
+
+
+def _sharpen(scheduler: Any) -> None:
+    """Put float64 in place of the float32 tables, in schedulers whose tables are those of their betas."""
+    rounded = getattr(scheduler, "alphas_cumprod", None)
+    if rounded is None or getattr(scheduler, "betas", None) is None:
+        return
+    betas = exact_betas(scheduler)
+    kept = (1 - betas).cumprod(0)
+    if kept.shape != rounded.shape or not torch.allclose(kept.float(), rounded, rtol=1e-3):
+        return
+    scheduler.betas, scheduler.alphas, scheduler.alphas_cumprod = betas, 1 - betas, kept
+    if scheduler.config.get("set_alpha_to_one") is False:
+        scheduler.final_alpha_cumprod = kept[0]
 
 
 def build_training_scheduler(name: str, arguments: Mapping[str, Any] | None = None, like: Any = None) -> Any:
@@ -61,7 +97,8 @@ def signal_power(scheduler: Any, steps: Tensor) -> Tensor:
 
     The schedule follows to the steps' device once, as in diffusers' own schedulers, so that no training step waits.
     """
-    scheduler.alphas_cumprod = scheduler.alphas_cumprod.to(steps.device)
+    precise = torch.float32 if steps.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
+    scheduler.alphas_cumprod = scheduler.alphas_cumprod.to(steps.device, precise)
     kept: Tensor = scheduler.alphas_cumprod[steps]
     return kept
 
@@ -124,8 +161,8 @@ def clean_estimate(scheduler: Any, predicted: Tensor, noisy: Tensor, steps: Tens
 
 def _amplitudes(scheduler: Any, like: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
     """Factors of signal and noise, shaped to multiply ``like`` (B, ...)."""
-    kept = signal_power(scheduler, steps).to(like.dtype).view(-1, *[1] * (like.dim() - 1))
-    return kept.sqrt(), (1 - kept).sqrt()
+    kept = signal_power(scheduler, steps).view(-1, *[1] * (like.dim() - 1))
+    return kept.sqrt().to(like.dtype), (1 - kept).sqrt().to(like.dtype)
 
 
 def _falls(kept: Any) -> bool:

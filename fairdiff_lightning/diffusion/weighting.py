@@ -28,7 +28,7 @@ def min_snr_weights(scheduler: Any, steps: Tensor, gamma: float) -> Tensor:
         ValueError: for a prediction type other than epsilon, v_prediction and sample.
     """
     kept = signal_power(scheduler, steps)
-    snr = kept / (1 - kept)
+    snr = (kept / (1 - kept)).float()
     bounded: Tensor = snr.clamp(max=gamma)
     kind = scheduler.config.prediction_type
     if kind == "epsilon":

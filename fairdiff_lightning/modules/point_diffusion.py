@@ -169,7 +169,7 @@ class PointDiffusion(GenerativeModule):
         self.network = PointVAE(groups)
         self.monitor = "val/mmd" if num_validation_samples else "val/loss"
         self._compared: list[tuple[Tensor, Tensor]] = []
-        self.register_buffer("times", self._step_times(), persistent=False)
+        self.register_buffer("times", self._step_times().float(), persistent=False)
         self.statistics = CloudStatistics(self.image_size, TAG, groups, self.attribute, normalization)
 
     def setup(self, stage: str) -> None:
@@ -370,7 +370,7 @@ class PointDiffusion(GenerativeModule):
     def _step_times(self) -> Tensor:
         """What the denoiser is told about each step (T,)."""
         if self.time == "beta":
-            return cast(Tensor, self.scheduler.betas.clone())
+            return cast(Tensor, self.scheduler.betas)
         return cast(Tensor, 2 * (1 - self.scheduler.alphas_cumprod).sqrt().arcsin())
 
     def _decode(self, points: Tensor) -> Decoded:
