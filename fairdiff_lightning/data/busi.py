@@ -5,16 +5,14 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
-from PIL.PngImagePlugin import PngInfo
+from PIL import Image
 
 from fairdiff_lightning.data.dbt import cut
 from fairdiff_lightning.data.errors import InvalidSampleError
@@ -22,13 +20,13 @@ from fairdiff_lightning.data.native import (
     Index,
     NativeDataset,
     Record,
-    atomic_path,
     check_same_size,
     to_uint8_image,
     visible_files,
 )
 from fairdiff_lightning.data.phantoms import allocate
 from fairdiff_lightning.data.phantoms_busi import BENIGN, MALIGNANT, breast_ultrasound
+from fairdiff_lightning.data.pictures import decode, notes, opened, save_png
 from fairdiff_lightning.data.sample import UNKNOWN, AttributeSpec, Sample
 from fairdiff_lightning.data.segmentation import SegmentationDataModule
 
@@ -101,11 +99,11 @@ class BUSI(NativeDataset):
 
     def read_arrays(self, record: Record) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
         """Decode one image, its luminance (H, W) uint8, and its mask (H, W) in {0, 1}."""
-        return _decode(record.files["image"], "L"), self.read_mask(record)
+        return decode(record.files["image"], "L"), self.read_mask(record)
 
     def read_mask(self, record: Record) -> NDArray[np.uint8]:
         """Decode and unite the masks (H, W); without any, nothing is a lesion."""
-        with _opened(record.files["image"]) as image:
+        with opened(record.files["image"], record.files["image"]) as image:
             united = np.zeros((image.height, image.width), np.uint8)
         for role, file in record.files.items():
             if role != "image":
@@ -122,13 +120,11 @@ class BUSI(NativeDataset):
         """
         name, group = sample["id"], sample["attributes"].get("diagnosis")
         folder = directory / (_named_diagnosis(name) if group is None else _folder_name(int(group)))
-        notes = {"synthetic": "1"} if bool(sample.get("synthetic", False)) else {}
+        texts = {"synthetic": "1"} if bool(sample.get("synthetic", False)) else {}
         if sample.get("source"):
-            notes["source_id"] = sample["source"]
+            texts["source_id"] = sample["source"]
         _save_mask(folder, name, sample["mask"][0].numpy().astype(np.uint8))
-        path = folder / f"{name}.png"
-        _save_png(path, Image.fromarray(to_uint8_image(sample["image"])), notes)
-        return path
+        return save_png(folder / f"{name}.png", to_uint8_image(sample["image"]), texts)
 
     def write_mask(self, directory: Path, sample_id: str, mask: NDArray[np.uint8]) -> Path:
         """Store a mask as ``<diagnosis>/<id>_mask.png`` of {0, 255}, by the diagnosis that the id names.
@@ -137,6 +133,10 @@ class BUSI(NativeDataset):
             ValueError: for an id that ends as the name of a mask does.
         """
         return _save_mask(directory / _named_diagnosis(sample_id), sample_id, mask)
+
+    def mask_file(self, written: Path) -> Path:
+        """The mask beside an image; a mask itself."""
+        return written if MASK_NAME.fullmatch(written.stem) else written.with_name(f"{written.stem}_mask.png")
 
     def write_phantom(self, root: Path, seed: int) -> None:
         """Write 60 images of unequal sizes (55 % benign, 28 % malignant, 17 % normal) in the release's modes."""
@@ -149,11 +149,11 @@ class BUSI(NativeDataset):
             lesions = 2 if numbers[diagnosis] % PHANTOM_PAIRED == 0 else 1
             image, masks = breast_ultrasound(rng, (height, width), PHANTOM_LOOKS[group], lesions)
             stem = root / FOLDER / diagnosis / f"{diagnosis} ({numbers[diagnosis]})"
-            _save_png(stem.with_name(f"{stem.name}.png"), Image.fromarray(image).convert("RGB"))
+            save_png(stem.with_name(f"{stem.name}.png"), Image.fromarray(image).convert("RGB"))
             for number, mask in enumerate(masks or [np.zeros_like(image)]):
                 ending = f"_{number}" if number else ""
                 drawn = Image.fromarray(mask * np.uint8(255)).convert(MASK_MODES[i % len(MASK_MODES)])
-                _save_png(stem.with_name(f"{stem.name}_mask{ending}.png"), drawn)
+                save_png(stem.with_name(f"{stem.name}_mask{ending}.png"), drawn)
 
 
 class BUSIDataModule(SegmentationDataModule):
@@ -189,7 +189,7 @@ def decode_mask(file: str) -> NDArray[np.uint8]:
     Raises:
         InvalidSampleError: for grey that no outline explains, and for black that only an alpha channel gives a shape.
     """
-    pixels = _decode(file, "RGBA")
+    pixels = decode(file, "RGBA")
     levels, alpha = pixels[..., :3].max(axis=-1), pixels[..., 3]
     if alpha.min() == alpha.max():
         return cut(levels, file)
@@ -230,15 +230,14 @@ def _record(image: Path, masks: Sequence[Path]) -> Record:
     diagnosis = image.parent.name
     if not masks and diagnosis != "normal":
         raise InvalidSampleError(image, "no mask", f"'{image.stem}_mask.png' beside it; only normal ones may lack it")
-    with _opened(image) as opened:
-        notes = {str(key): value for key, value in opened.info.items() if isinstance(value, str)}
+    texts = notes(image)
     return Record(
         id=image.stem,
         files={"image": str(image)} | {f"mask_{i}" if i else "mask": str(mask) for i, mask in enumerate(masks)},
         attributes={"diagnosis": UNKNOWN if diagnosis == UNSAID else DIAGNOSES.index(diagnosis)},
         unit=image.stem,
-        synthetic=notes.get("synthetic") == "1",
-        source=notes.get("source_id"),
+        synthetic=texts.get("synthetic") == "1",
+        source=texts.get("source_id"),
     )
 
 
@@ -255,33 +254,4 @@ def _named_diagnosis(sample_id: str) -> str:
 def _save_mask(folder: Path, sample_id: str, mask: NDArray[np.uint8]) -> Path:
     if MASK_NAME.fullmatch(sample_id):
         raise ValueError(f"id '{sample_id}' ends as the name of a mask does; choose one that does not end in '_mask'.")
-    path = folder / f"{sample_id}_mask.png"
-    _save_png(path, Image.fromarray(mask * np.uint8(255)))
-    return path
-
-
-def _save_png(path: Path, image: Image.Image, notes: Mapping[str, str] | None = None) -> None:
-    chunks = PngInfo()
-    for key, value in (notes or {}).items():
-        chunks.add_text(key, value)
-    with atomic_path(path) as temporary:
-        image.save(temporary, format="PNG", pnginfo=chunks)
-
-
-def _decode(file: str, mode: str) -> NDArray[np.uint8]:
-    with _opened(file) as image:
-        if image.mode.startswith(("I", "F")):
-            raise InvalidSampleError(file, f"pixels of more than 8 bits ({image.mode})", "8 bits, as the release has")
-        return np.array(image.convert(mode))
-
-
-@contextmanager
-def _opened(file: str | Path) -> Iterator[Image.Image]:
-    """Open an image file; what is wrong with it, also while it is decoded, is an error that names it."""
-    try:
-        with Image.open(file) as image:
-            yield image
-    except (OSError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise InvalidSampleError(
-            file, f"unreadable ({error})", "a whole image file; fetch or write it again"
-        ) from error
+    return save_png(folder / f"{sample_id}_mask.png", mask * np.uint8(255))

@@ -13,8 +13,6 @@ import cv2
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
-from PIL.PngImagePlugin import PngInfo
 
 from fairdiff_lightning.data.dicom import read_frame, read_stored
 from fairdiff_lightning.data.errors import InvalidSampleError
@@ -22,13 +20,13 @@ from fairdiff_lightning.data.native import (
     Index,
     NativeDataset,
     Record,
-    atomic_path,
     check_same_size,
     to_uint8_image,
     visible_files,
 )
 from fairdiff_lightning.data.phantoms import allocate
 from fairdiff_lightning.data.phantoms_dbt import BREAST_LOOKS, View, breast_slice
+from fairdiff_lightning.data.pictures import decode, notes, save_png
 from fairdiff_lightning.data.sample import UNKNOWN, AttributeSpec, Sample
 from fairdiff_lightning.data.segmentation import SegmentationDataModule
 
@@ -70,6 +68,7 @@ class DBT(NativeDataset):
     name: ClassVar[str] = "DBT"
     classes: ClassVar[tuple[str, ...]] = ("background", "lesion")
     channels: ClassVar[int] = 1
+    mask_folder: ClassVar[str | None] = MASKS[0]
     expected_tree: ClassVar[str] = (
         "  img/<stem>.png|jpg|dcm    (or images/)\n"
         "  mask/<stem>.png|jpg|dcm   (or masks/), the lesion 255, the rest 0\n"
@@ -128,7 +127,7 @@ class DBT(NativeDataset):
     def read_arrays(self, record: Record) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
         """Decode one image (H, W) uint8 and its mask (H, W) in {0, 1}."""
         file = record.files["image"]
-        image = read_frame(file) if _is_dicom(file) else _decode(file)
+        image = read_frame(file) if _is_dicom(file) else decode(file, "L")
         mask = self.read_mask(record)
         check_same_size(image, mask, record.files["mask"])
         return image, mask
@@ -136,7 +135,7 @@ class DBT(NativeDataset):
     def read_mask(self, record: Record) -> NDArray[np.uint8]:
         """Decode the mask (H, W) alone."""
         file = record.files["mask"]
-        return cut(read_stored(file) if _is_dicom(file) else _decode(file), file)
+        return cut(read_stored(file) if _is_dicom(file) else decode(file, "L"), file)
 
     def write(self, directory: Path, sample: Sample) -> Path:
         """Store a sample as ``img/<id>.png`` and ``mask/<id>.png``; the image's text chunks hold all else."""
@@ -146,15 +145,11 @@ class DBT(NativeDataset):
         if sample.get("source"):
             said["source_id"] = sample["source"]
         self.write_mask(directory, sample["id"], sample["mask"][0].numpy().astype(np.uint8))
-        path = directory / IMAGES[0] / f"{sample['id']}.png"
-        _save_png(path, to_uint8_image(sample["image"]), said)
-        return path
+        return save_png(directory / IMAGES[0] / f"{sample['id']}.png", to_uint8_image(sample["image"]), said)
 
     def write_mask(self, directory: Path, sample_id: str, mask: NDArray[np.uint8]) -> Path:
         """Store a mask as ``mask/<id>.png`` of {0, 255}."""
-        path = directory / MASKS[0] / f"{sample_id}.png"
-        _save_png(path, mask * np.uint8(255))
-        return path
+        return save_png(directory / MASKS[0] / f"{sample_id}.png", mask * np.uint8(255))
 
     def write_phantom(self, root: Path, seed: int) -> None:
         """Write 3 slices of each of 40 breasts, CC and MLO; densities A to D 10, 40, 40 and 10 %."""
@@ -166,14 +161,14 @@ class DBT(NativeDataset):
                 rng = np.random.default_rng([seed, i])
                 image, mask = breast_slice(rng, PHANTOM_SIZE, BREAST_LOOKS[density], view, depth)
                 stem = f"P{i + 1:03d}_{side}_{view}_{k:02d}"
-                _save_png(root / IMAGES[0] / f"{stem}.png", image)
+                save_png(root / IMAGES[0] / f"{stem}.png", image)
                 self.write_mask(root, stem, mask)
                 rows.append({"file": stem, "patient": f"P{i + 1:03d}", "density": "ABCD"[density]})
         pd.DataFrame(rows).to_csv(root / TABLE, index=False)
 
     def _record(self, stem: str, image: Path, mask: Path, row: Mapping[str, str]) -> tuple[Record, bool]:
         """The record of a pair, and whether its patient is known."""
-        text = _png_text(image)
+        text = _png_texts(image)
         said = name_attributes(stem) | {name: text[name] for name in self.attributes if name in text} | dict(row)
         found = re.search(self.patient_pattern, stem)
         patient = row.get("patient") or (found and (found[1] if found.re.groups else found[0]))
@@ -350,33 +345,6 @@ def _is_dicom(file: str) -> bool:
     return Path(file).suffix.lower() in DICOM
 
 
-def _decode(file: str) -> NDArray[np.uint8]:
-    try:
-        with Image.open(file) as image:
-            mode = image.mode
-            if not mode.startswith(("I", "F")):
-                return np.array(image.convert("L"))
-    except (OSError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise InvalidSampleError(
-            file, f"unreadable ({error})", "a whole image file; fetch or write it again"
-        ) from error
-    raise InvalidSampleError(file, f"pixels of more than 8 bits ({mode})", "8 bits, or DICOM, which has a window")
-
-
-def _png_text(path: Path) -> dict[str, str]:
+def _png_texts(path: Path) -> dict[str, str]:
     """What :meth:`DBT.write` noted in an image; nothing for one that it did not write."""
-    if path.suffix.lower() != ".png":
-        return {}
-    try:
-        with Image.open(path) as image:
-            return {str(key): str(value) for key, value in image.info.items() if isinstance(value, str)}
-    except (OSError, SyntaxError, UnidentifiedImageError) as error:
-        raise InvalidSampleError(path, f"unreadable ({error})", "a whole image file; write it again") from error
-
-
-def _save_png(path: Path, image: NDArray[np.uint8], text: Mapping[str, str] | None = None) -> None:
-    chunks = PngInfo()
-    for key, value in (text or {}).items():
-        chunks.add_text(key, value)
-    with atomic_path(path) as temporary:
-        Image.fromarray(image).save(temporary, format="PNG", pnginfo=chunks)
+    return notes(path) if path.suffix.lower() == ".png" else {}

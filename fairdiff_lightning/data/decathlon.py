@@ -74,6 +74,7 @@ class Decathlon(VolumeDataset):
     """
 
     name: ClassVar[str] = "Decathlon"
+    mask_folder: ClassVar[str | None] = LABELS
     expected_tree: ClassVar[str] = (
         f"  {TASK}                   modality, labels, training: [{{image, label}}, ...]\n"
         f"  {IMAGES}/<case>.nii.gz         (H, W, D), or (H, W, D, C) for several modalities\n"

@@ -11,11 +11,11 @@ from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
 
 from fairdiff_lightning.data.errors import InvalidSampleError
 from fairdiff_lightning.data.native import Index, Record, visible_files
 from fairdiff_lightning.data.phantoms_3d import left_ventricle
+from fairdiff_lightning.data.pictures import opened
 from fairdiff_lightning.data.sample import UNKNOWN, AttributeSpec
 from fairdiff_lightning.data.volume_dataset import VolumeDataset, group_index
 from fairdiff_lightning.data.volume_module import VolumeDataModule
@@ -60,6 +60,7 @@ class Emidec(VolumeDataset):
     classes: ClassVar[tuple[str, ...]] = ("background", "cavity", "myocardium", "infarct", "no-reflow")
     window: ClassVar[Window] = Window(0, 1)
     lesions: ClassVar[tuple[int, ...]] = (3, 4)
+    mask_folder: ClassVar[str | None] = Path(LABELS).name
     flip_axes: ClassVar[tuple[int, ...]] = (1,)
     expected_tree: ClassVar[str] = (
         f"  {IMAGES}/Case_P*.nii.gz, {LABELS}/Case_P*.nii.gz, {NORMAL}/images/Case_N*.nii.gz   (LeFusion), or\n"
@@ -242,13 +243,10 @@ def _first(record: Record, role: str) -> str:
 
 
 def _decode(file: str) -> NDArray[np.uint8]:
-    try:
-        with Image.open(file) as image:
-            if image.mode not in ("L", "P", "1"):
-                raise InvalidSampleError(file, f"pixels of mode {image.mode}", "grey ones of 8 bits")
-            return np.array(image)
-    except (OSError, SyntaxError, UnidentifiedImageError) as error:
-        raise InvalidSampleError(file, f"unreadable ({error})", "a whole image file; fetch it again") from error
+    with opened(file, file) as image:
+        if image.mode not in ("L", "P", "1"):
+            raise InvalidSampleError(file, f"pixels of mode {image.mode}", "grey ones of 8 bits")
+        return np.array(image)
 
 
 def _letter(case: str) -> str | None:

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from fairdiff_lightning.data.errors import InvalidSampleError
 from fairdiff_lightning.data.native import (
@@ -29,6 +29,7 @@ from fairdiff_lightning.data.native import (
     visible_files,
 )
 from fairdiff_lightning.data.phantoms import SkinLook, allocate, dermoscopy
+from fairdiff_lightning.data.pictures import decode, save_png
 from fairdiff_lightning.data.sample import AttributeSpec, Sample
 from fairdiff_lightning.data.segmentation import SegmentationDataModule
 
@@ -133,14 +134,14 @@ class HAM10000(NativeDataset):
 
     def read_arrays(self, record: Record) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
         """Decode one image (H, W, 3) uint8 and its mask (H, W) in {0, 1}."""
-        image = _decode(record.files["image"], "RGB")
+        image = decode(record.files["image"], "RGB")
         mask = self.read_mask(record)
         check_same_size(image, mask, record.files["mask"])
         return image, mask
 
     def read_mask(self, record: Record) -> NDArray[np.uint8]:
         """Decode the mask (H, W) alone."""
-        mask = _decode(record.files["mask"], "L")
+        mask = decode(record.files["mask"], "L")
         found = np.unique(mask)
         if not np.isin(found, (0, 255)).all():
             raise InvalidSampleError(record.files["mask"], f"mask values {found[:8].tolist()}", "0 and 255")
@@ -168,10 +169,12 @@ class HAM10000(NativeDataset):
 
     def write_mask(self, directory: Path, sample_id: str, mask: NDArray[np.uint8]) -> Path:
         """Store a mask as ``HAM10000_segmentations_lesion_tschandl/<id>_segmentation.png`` of {0, 255}."""
-        path = directory / MASKS / f"{sample_id}_segmentation.png"
-        with atomic_path(path) as temporary:
-            Image.fromarray(mask * np.uint8(255)).save(temporary, format="PNG")
-        return path
+        return save_png(directory / MASKS / f"{sample_id}_segmentation.png", mask * np.uint8(255))
+
+    def mask_file(self, written: Path) -> Path:
+        """The mask beside an image; a mask itself."""
+        folder = written.parents[1] / MASKS
+        return written if written.parent == folder else folder / f"{written.stem}_segmentation.png"
 
     def write_phantom(self, root: Path, seed: int) -> None:
         """Write 280 lesions with hair in two image parts; ages 5, 20, 50, 19 and 6 %, some lesions seen twice."""
@@ -240,16 +243,6 @@ class HAM10000DataModule(SegmentationDataModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(HAM10000(age_bins), root, attributes, image_size, batch_size, num_workers, **kwargs)
-
-
-def _decode(file: str, mode: str) -> NDArray[np.uint8]:
-    try:
-        with Image.open(file) as image:
-            return np.asarray(image.convert(mode))
-    except (OSError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise InvalidSampleError(
-            file, f"unreadable ({error})", "a whole image file; fetch or write it again"
-        ) from error
 
 
 def _write_image(root: Path, name: str, image: NDArray[np.uint8], folder: str = IMAGES) -> Path:

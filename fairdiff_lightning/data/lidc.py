@@ -163,6 +163,12 @@ class LIDC(VolumeDataset):
         stem = sample_id if _is_pathological(sample_id) else f"{sample_id}_Vol_1"
         return self._write_mask(directory, stem, Volume(mask, np.eye(4) if affine is None else affine))
 
+    def mask_file(self, written: Path) -> Path:
+        """The mask beside an image; a mask itself."""
+        folder = written.parents[1] / "Mask"
+        stem = written.name.removesuffix(".nii.gz")
+        return written if written.parent == folder else folder / f"{_mask_stem(stem)}.nii.gz"
+
     def write_phantom(self, root: Path, seed: int) -> None:
         """Write 24 cases of a nodule or two, 15 % ground-glass, 25 % part-solid, 60 % solid, and 6 healthy ones."""
         affine = np.diag([0.7, 0.7, 1.25, 1.0])

@@ -68,6 +68,8 @@ class NativeDataset(ABC):
     channels: ClassVar[int]
     ndim: ClassVar[int] = 2
     """Axes of an image."""
+    mask_folder: ClassVar[str | None] = None
+    """Where written masks lie under the names of their images, beside the images' folder; None for no such folder."""
     unit: ClassVar[str] = "patient"
     """What a split must not cut."""
     drawn_over: ClassVar[str | None] = None
@@ -112,6 +114,10 @@ class NativeDataset(ABC):
     @abstractmethod
     def write_mask(self, directory: Path, sample_id: str, mask: NDArray[np.uint8]) -> Path:
         """Store a mask (H, W) of class indices in the native format below ``directory``, atomically."""
+
+    def mask_file(self, written: Path) -> Path:
+        """The file that holds the mask of what :meth:`write` or :meth:`write_mask` stored at ``written``."""
+        return written if self.mask_folder is None else written.parents[1] / self.mask_folder / written.name
 
     @abstractmethod
     def write_phantom(self, root: Path, seed: int) -> None:

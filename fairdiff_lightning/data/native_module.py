@@ -292,7 +292,8 @@ class NativeDataModule(ModuleFacts, LightningDataModule):
             rank_zero_warn(f"'{attribute}' is unknown for all training samples: what is made is of no group of it.")
             groups, attribute = {UNKNOWN: "sample"}, None
         counts = {g: sum(attribute is None or r.attributes[attribute] == g for r in self._real) for g in groups}
-        masks, scans = condition_masks(self.generate, self._real, self.attribute_specs), self.backgrounds()
+        masks = condition_masks(self.generate, self._real, self.dataset, self.attribute_specs)
+        scans = self.backgrounds()
         used = [*(masks or ()), *(replace(scan, source=scan.source or scan.id) for scan in scans or ())]
         refuse_leaks(used, self._held_out, self.dataset.case_key)
         folder = Path(self.generate.masks or "")

@@ -64,6 +64,7 @@ class Prostate(VolumeDataset):
     """
 
     name: ClassVar[str] = "Prostate"
+    mask_folder: ClassVar[str | None] = MASKS
     expected_tree: ClassVar[str] = (
         f"  {TABLE}    id, image, mask, and the attributes (t_stage, centre); patient and split are optional\n"
         "  <image>      a NIfTI file, or a folder of one DICOM series of CT, for each row\n"

@@ -19,7 +19,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
@@ -29,6 +29,7 @@ from fairdiff_lightning.data.errors import DatasetNotFoundError, InvalidSampleEr
 from fairdiff_lightning.data.image_index import ImageIndex, build_index, hold_out, index_name
 from fairdiff_lightning.data.native import atomic_path, make_directory_once, to_image_tensor, to_uint8_image
 from fairdiff_lightning.data.phantoms import expose, phantom_folder, smooth_noise, soften
+from fairdiff_lightning.data.pictures import opened
 from fairdiff_lightning.data.resize import resize_image
 from fairdiff_lightning.data.resumable_sampler import ResumableLoader, ResumableSampler
 from fairdiff_lightning.data.sample import Sample, collate
@@ -397,15 +398,10 @@ class RadImageNetDataModule(LightningDataModule):
 
 
 def _decode(encoded: bytes, mode: Literal["L", "RGB"], where: Path) -> NDArray[np.uint8]:
-    try:
-        with Image.open(io.BytesIO(encoded)) as image:
-            if image.mode not in GREY_OR_COLOUR:
-                raise InvalidSampleError(where, f"pixels of mode {image.mode!r}", "a picture of 8 bits")
-            return np.array(image.convert(mode))
-    except (OSError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise InvalidSampleError(
-            where, f"unreadable ({error})", "a whole image file; fetch or write it again"
-        ) from error
+    with opened(io.BytesIO(encoded), where) as image:
+        if image.mode not in GREY_OR_COLOUR:
+            raise InvalidSampleError(where, f"pixels of mode {image.mode!r}", "a picture of 8 bits")
+        return np.array(image.convert(mode))
 
 
 def _encode(image: NDArray[np.uint8]) -> bytes:

@@ -220,11 +220,12 @@ class RequestBatches(Dataset[Sample]):
         return cast(Sample, {**asked, **self.read(request), **followed})
 
 
-def read_masks(folder: Path, specs: Sequence[AttributeSpec]) -> list[Record]:
-    """Records of masks that a generator wrote, from the folder's ``manifest.csv``.
+def read_masks(folder: Path, dataset: NativeDataset, specs: Sequence[AttributeSpec]) -> list[Record]:
+    """Records of masks that a generator wrote, alone or with images, from the folder's ``manifest.csv``.
 
     Args:
         folder: where ``SyntheticDatasetWriter`` wrote them.
+        dataset: in whose layout they are.
         specs: attributes whose groups the table names.
 
     Raises:
@@ -236,9 +237,9 @@ def read_masks(folder: Path, specs: Sequence[AttributeSpec]) -> list[Record]:
     records = []
     with table.open(newline="", encoding="utf-8") as stream:
         for row in csv.DictReader(stream):
-            file = folder / row["file"]
+            file = dataset.mask_file(folder / row["file"])
             if not file.is_file():
-                raise InvalidSampleError(table, f"row '{row['id']}' with the missing file '{row['file']}'", "a file")
+                raise InvalidSampleError(table, f"row '{row['id']}' with the missing file '{file}'", "a file")
             attributes = {spec.name: _group_index(row.get(spec.name, ""), spec, table) for spec in specs}
             files = {"image": str(file), "mask": str(file)}
             source = row.get("source", row["id"]) or None  # predictions have no source: they are of the cases they name
@@ -248,13 +249,14 @@ def read_masks(folder: Path, specs: Sequence[AttributeSpec]) -> list[Record]:
 
 
 def condition_masks(
-    plan: GenerationPlan, training: Sequence[Record], specs: Sequence[AttributeSpec]
+    plan: GenerationPlan, training: Sequence[Record], dataset: NativeDataset, specs: Sequence[AttributeSpec]
 ) -> list[Record] | None:
     """The masks that a plan wants to be followed; None when it wants none.
 
     Args:
         plan: what to generate.
         training: real training samples.
+        dataset: that the samples are of.
         specs: attributes of the data.
 
     Raises:
@@ -262,7 +264,7 @@ def condition_masks(
     """
     if plan.masks in (None, OWN_MASKS):
         return None
-    return list(training) if plan.masks == TRAINING else read_masks(Path(str(plan.masks)), specs)
+    return list(training) if plan.masks == TRAINING else read_masks(Path(str(plan.masks)), dataset, specs)
 
 
 def _chosen(
