@@ -1,15 +1,17 @@
 """Memory and time of the 3-D mixture in chunks that are recomputed, against all voxels at once, forward and backward.
 
-`python benchmarks/volume_mixture.py [--part mixture|network] [--sizes 128x128x64 ...] [--batch-size 1]`
-The part is the mixture of the first encoder stage, or a training step of the whole network. Each peak is that of a
-process of its own: on a GPU all that PyTorch has allocated; on a CPU what one step allocates on top of weights and
-optimizer, or with `--memory resident` by how much the process grows, allocator's waste and oneDNN's scratch included.
-A line through the peaks tells what a batch of 384 x 384 x 128 voxels needs; sizes should leave several chunks.
+`python benchmarks/volume_mixture.py [--part mixture|network] [--sizes 128x128x128 ...] [--batch-size 1]`
+The part is the mixture of the first encoder stage, or a training step of the whole network; chunks are as long as the
+network's own default makes them. Each peak is that of a process of its own: on a GPU all that PyTorch has allocated; on
+a CPU what one step allocates on top of weights and optimizer, or with `--memory resident` by how much the process
+grows, allocator's waste and oneDNN's scratch included. A line through the peaks of three sizes or more tells what a
+batch of 384 x 384 x 128 voxels needs; only sizes of several chunks lie on it.
 """
 
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import os
 import resource
@@ -22,6 +24,7 @@ from statistics import median
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from timing import interleaved, print_table, ratio
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
@@ -29,6 +32,8 @@ from torch.profiler import ProfilerActivity, profile
 from fairdiff_lightning.networks.resunet3d import ResUNet3D, mix_voxels
 
 SMALLEST, FULL = (64, 64, 32), (384, 384, 128)
+SIZES = ("128x128x64", "128x128x128", "160x160x128", "192x192x128")
+SHIPPED = inspect.signature(ResUNet3D).parameters["chunk_tokens"].default
 GROUPS = 5
 GIB = 2**30
 Size = tuple[int, ...]
@@ -37,11 +42,10 @@ Size = tuple[int, ...]
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=("mixture", "network"), default="mixture")
-    default = ["128x128x64", "160x160x64", "192x192x64", "192x192x96"]
-    parser.add_argument("--sizes", nargs="+", type=parse_size, default=[parse_size(size) for size in default])
+    parser.add_argument("--sizes", nargs="+", type=parse_size, default=[parse_size(size) for size in SIZES])
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--feature-size", type=int, default=48)
-    parser.add_argument("--chunk-tokens", type=int, default=2**15, help="the network's own default is 262144")
+    parser.add_argument("--chunk-tokens", type=int, default=SHIPPED, help=f"the network's own is {SHIPPED}")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--gradient-checkpointing", action="store_true")
     parser.add_argument("--memory", choices=("allocated", "resident"), default="allocated", help="on a CPU")
@@ -144,18 +148,24 @@ def measured_apart(options: argparse.Namespace, variant: str, size: Size) -> flo
 
 
 def fit(options: argparse.Namespace, variant: str, peaks: list[float]) -> str:
-    """The line through the peaks, and what it says of full-size volumes."""
+    """The line through the peaks of the sizes that were split into chunks, and what it says of full-size volumes."""
     voxels = np.array([options.batch_size * prod(size) / 1e6 for size in options.sizes])
-    known = np.isfinite(peaks)
-    if known.sum() < 2:
-        return f"{variant}: a line needs two sizes that fit."
+    known = np.isfinite(peaks) & (chunk_counts(options) > 1)
+    if known.sum() < 3:
+        return f"{variant}: a line needs three sizes of several chunks that fit into memory."
     slope, start = np.polyfit(voxels[known], np.array(peaks)[known], 1)
     rest = np.abs(start + slope * voxels[known] - np.array(peaks)[known]).max()
     full = start + slope * options.batch_size * prod(FULL) / 1e6
     return (
         f"{variant}: {start:.3f} GiB + {slope:.4f} GiB per million voxels (at most {rest:.3f} GiB off the line), "
-        f"that is {full:.1f} GiB for {options.batch_size} x {show(FULL)}"
+        f"that is {full:.1f} GiB for {options.batch_size} x {show(FULL)} in {options.dtype}"
     )
+
+
+def chunk_counts(options: argparse.Namespace) -> NDArray[np.int64]:
+    """How many chunks the first stage has at each size."""
+    tokens = np.array([options.batch_size * prod(side // 2 for side in size) for size in options.sizes])
+    return -(-tokens // options.chunk_tokens)
 
 
 def main() -> None:
@@ -167,16 +177,18 @@ def main() -> None:
     # Memory first: a process starts from the peak of the one that starts it.
     peaks = {v: [measured_apart(options, v, size) for size in options.sizes] for v in variants}
     makers = {v: build(options, v) for v in variants}
-    rows = []
+    rows, counts = [], chunk_counts(options)
     for i, size in enumerate(options.sizes):
         chunks, whole = (peaks[v][i] for v in variants)
         fitting = {v: makers[v](size) for v in variants if np.isfinite(peaks[v][i])}
         seconds = interleaved(fitting, options.rounds)
         times = [f"{median(seconds[v]):.2f}" if v in fitting else "-" for v in variants]
         slower = f"{ratio(seconds['chunks'], seconds['whole']):.2f}" if len(fitting) == 2 else "-"
-        rows.append((show(size), f"{chunks:.3f}", f"{whole:.3f}", f"{whole / chunks:.1f}", *times, slower))
+        rows.append(
+            (show(size), str(counts[i]), f"{chunks:.3f}", f"{whole:.3f}", f"{whole / chunks:.1f}", *times, slower)
+        )
     of = f"{options.part}, {options.dtype}, B={options.batch_size}, chunks of {options.chunk_tokens}"
-    header = (of, "chunks, GiB", "whole, GiB", "whole/chunks", "chunks, s", "whole, s", "chunks/whole")
+    header = (of, "chunks", "chunks, GiB", "whole, GiB", "whole/chunks", "chunks, s", "whole, s", "chunks/whole")
     print_table(header, rows)
     print("\n" + "\n".join(fit(options, v, peaks[v]) for v in variants))
 

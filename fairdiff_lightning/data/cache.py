@@ -1,4 +1,4 @@
-"""Decoded and framed samples, kept in memory or on disk and shared by all loader processes."""
+"""Decoded and framed samples, kept in memory or on disk."""
 
 from __future__ import annotations
 
@@ -91,19 +91,34 @@ class ArrayCache:
 class FileCache:
     """Samples of any size, each in a folder of its own, mapped into memory so that a block costs no more than itself.
 
+    Where a sample cannot be stored (a full disk), it and those that come after it are decoded at every call, with one
+    warning of each process.
+
     Args:
         folders: of each sample; one that is there is whole.
     """
 
     def __init__(self, folders: Sequence[Path]) -> None:
         self.folders = folders
+        self._stores = True
 
     def get(self, index: int, decode: Callable[[int], Arrays]) -> Arrays:
         """The arrays of a sample, decoded and stored at the first call."""
         folder = self.folders[index]
-        make_directory_once(folder, lambda path: _save(path, decode(index)))
+        if not folder.is_dir():
+            arrays = decode(index)
+            if not (self._stores and self._store(folder, arrays)):
+                return arrays
         files = sorted(folder.glob("*.npy"))
         return tuple(np.load(file, mmap_mode="r", allow_pickle=False) for file in files)
+
+    def _store(self, folder: Path, arrays: Arrays) -> bool:
+        try:
+            make_directory_once(folder, lambda path: _save(path, arrays))
+        except OSError as error:
+            self._stores = False
+            _warn("keep samples in", "disk", error)
+        return self._stores
 
 
 class ProcessCache:
@@ -144,10 +159,7 @@ def open_cache(storage: Storage, key: str, length: int, layout: Layout) -> Sampl
     try:
         return ArrayCache(allocate, length, layout)
     except (OSError, ValueError, AttributeError) as error:  # no room, a file of another size, no fallocate (macOS)
-        rank_zero_warn(
-            f"cannot make the {storage} cache ({error}); samples are decoded each time instead. "
-            f"Free some room, set FAIRDIFF_CACHE to another folder, or choose cache='none'."
-        )
+        _warn("make", storage, error)
         return NoCache()
 
 
@@ -189,3 +201,10 @@ class DiskAllocator:
 def _save(folder: Path, arrays: Arrays) -> None:
     for number, array in enumerate(arrays):
         np.save(folder / f"{number}.npy", array, allow_pickle=False)
+
+
+def _warn(action: str, storage: Storage, error: Exception) -> None:
+    rank_zero_warn(
+        f"cannot {action} the {storage} cache ({error}); samples are decoded each time instead. "
+        f"Free some room, set FAIRDIFF_CACHE to another folder, or choose cache='none'."
+    )

@@ -1,44 +1,26 @@
 """Medical Segmentation Decathlon: any of its tasks, CT or MRI, of one channel or several."""
 
-# nibabel's functions carry no annotations
-# mypy: allow-untyped-calls
 from __future__ import annotations
 
-import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-import nibabel as nib
 import numpy as np
-from nibabel.filebasedimages import ImageFileError
-from nibabel.spatialimages import HeaderDataError
 from numpy.typing import NDArray
 
+from fairdiff_lightning.data.case_table import check_groups, check_ids
 from fairdiff_lightning.data.dbt import read_table
-from fairdiff_lightning.data.decathlon_task import IMAGES, LABELS, TASK, Task, list_cases, read_task
+from fairdiff_lightning.data.decathlon_task import IMAGES, LABELS, TASK, Task, add_case, list_cases, read_task
 from fairdiff_lightning.data.errors import InvalidSampleError
 from fairdiff_lightning.data.native import Index, Record
+from fairdiff_lightning.data.nifti import check_finite, labels_on, read_nifti_channels
 from fairdiff_lightning.data.phantoms_pelvis import Tissue, grid_affine, mr, pelvis
-from fairdiff_lightning.data.prostate import check_groups, labels_on
 from fairdiff_lightning.data.sample import AttributeSpec, Sample
-from fairdiff_lightning.data.volume_dataset import VolumeDataset, group_index
+from fairdiff_lightning.data.volume_dataset import VolumeDataset, check_id, group_index, on_grid
 from fairdiff_lightning.data.volume_module import VolumeDataModule
-from fairdiff_lightning.data.volumes import (
-    NIFTI,
-    RAS,
-    Array,
-    Native,
-    Volume,
-    Window,
-    check_affine,
-    check_mask,
-    check_same_grid,
-    read_nifti,
-    read_notes,
-    write_nifti,
-)
+from fairdiff_lightning.data.volumes import Array, Volume, Window, check_mask, read_notes, write_nifti
 
 TABLE, CT = "attributes.csv", "CT"
 SOFT_TISSUE, WINDOWS = Window(-200, 250), {"Lung": Window(-1000, 400)}
@@ -54,8 +36,9 @@ class Decathlon(VolumeDataset):
 
     Layout: ``dataset.json`` with ``modality`` (channels) and ``labels`` (classes) by number and the pairs under
     ``training``; images are (H, W, D), or (H, W, D, C) for several modalities. Its ``test`` images have no labels and
-    are left out, as are files that it names and that are not there. ``attributes.csv`` is optional: ``id`` (name of the
-    image without ``.nii.gz``) and the columns that are attributes, by the names of their groups, empty where unknown.
+    are for prediction alone; files that it names and that are not there are left out. ``attributes.csv`` is optional:
+    ``id`` (name of the image without ``.nii.gz``) and the columns that are attributes, by the names of their groups,
+    empty where unknown.
 
     CT is windowed in HU. MRI has no unit: each channel is scaled so that its 0.5 and 99.5 percentiles are [0, 1]; a
     written file notes its window, so that a crop is not stretched.
@@ -128,25 +111,41 @@ class Decathlon(VolumeDataset):
                 errors.append(error)
         if not records and not errors:
             raise self.not_found(root, f"none of the {len(task.training)} cases that {TASK} names, {dict(left_out)}")
-        if task.num_test:
-            left_out["images of the test list, which have no labels"] = task.num_test
+        if task.test:
+            left_out["images of the test list, which have no labels"] = len(task.test)
         if without := len(groups.keys() - {record.id for record in records}):
             left_out[f"rows of {TABLE} without a case"] = without
         return Index(records, dict(left_out), errors)
 
+    def unlabelled(self, root: Path) -> Index:
+        """List the images of the test list that are there, in the order of ``dataset.json``."""
+        groups = self._read_table(root / TABLE) if (root / TABLE).is_file() else {}
+        records, errors, absent = [], [], 0
+        for image in self._task(root).test:
+            if not (root / image).is_file():
+                absent += 1
+                continue
+            try:
+                records.append(self._record(root / image, None, groups))
+            except InvalidSampleError as error:
+                errors.append(error)
+        return Index(records, {f"images of the test list of {TASK} that are absent": absent} if absent else {}, errors)
+
     def read_channels(self, record: Record) -> tuple[Volume, ...]:
         """Read every channel (H, W, D), in the unit of ``window``, float32 in RAS order."""
         file = record.files["image"]
-        notes, found = read_notes(file), _read_volumes(file)
+        notes, found = read_notes(file), read_nifti_channels(file)
         names = tuple(notes.get("modalities", self.file_modalities))
         if len(found) != len(names) or names not in (self.file_modalities, self.modalities):
             expected = f"those of {TASK}, {', '.join(self.file_modalities)}"
             raise InvalidSampleError(file, f"{len(found)} volumes" + (f" of {names}" if notes else ""), expected)
         channels = found if names == self.modalities else [found[k] for k in self.picked]
         if self.modalities[0] == CT:
-            return tuple(channel.with_array(_finite(channel.array, file)) for channel in channels)
+            return tuple(channel.with_array(check_finite(channel.array, file)) for channel in channels)
         noted = notes.get("window")
-        return tuple(channel.with_array(_scaled(_finite(channel.array, file), noted, file)) for channel in channels)
+        return tuple(
+            channel.with_array(_scaled(check_finite(channel.array, file), noted, file)) for channel in channels
+        )
 
     def read_image(self, record: Record) -> Volume:
         """Read the image of one channel.
@@ -160,16 +159,12 @@ class Decathlon(VolumeDataset):
 
     def read_labels(self, record: Record) -> Volume:
         """Read the mask of the task's classes, in RAS order."""
-        file = record.files["mask"]
-        return check_mask(read_nifti(file), len(self.classes), file)
+        return check_mask(self.read_mask_file(record), len(self.classes), record.files["mask"])
 
     def read_aligned(self, record: Record) -> tuple[tuple[Volume, ...], Volume]:
         """Read all channels and the mask, on one grid."""
         channels, mask = self.read_channels(record), self.read_labels(record)
-        if self.ignore_mask_affine and mask.shape == channels[0].shape:
-            mask = Volume(mask.array, channels[0].affine)
-        check_same_grid(channels[0], mask, record.files["mask"])
-        return channels, mask
+        return channels, on_grid(channels[0], mask, record.files["mask"])
 
     def write(self, directory: Path, sample: Sample) -> Path:
         """Store a sample, its channels as the volumes of one file; without ``affine`` at 1 mm from the origin.
@@ -195,7 +190,7 @@ class Decathlon(VolumeDataset):
         else:
             values, notes = image.array.astype(np.float32), {"window": [0.0, 1.0], **notes}
         path = write_nifti(_place(directory, IMAGES, sample_id), Volume(values, image.affine), notes)
-        list_cases(directory, Task(self.task_name, self.modalities, self.classes))
+        add_case(directory, Task(self.task_name, self.modalities, self.classes), sample_id)
         return path
 
     def write_mask(
@@ -226,13 +221,13 @@ class Decathlon(VolumeDataset):
             raise self.not_found(root, f"no {TASK}" if root.is_dir() else "no such folder")
         return read_task(root / TASK)
 
-    def _record(self, image: Path, label: Path, groups: Mapping[str, Mapping[str, str]]) -> Record:
+    def _record(self, image: Path, label: Path | None, groups: Mapping[str, Mapping[str, str]]) -> Record:
         notes = read_notes(image)
-        name = str(notes.get("id", image.name.split(".nii")[0]))
+        name = check_id(str(notes.get("id", image.name.split(".nii")[0])), image)
         said = {**notes, **groups.get(name, {})}
         return Record(
             id=name,
-            files={"image": str(image), "mask": str(label)},
+            files={"image": str(image)} | ({} if label is None else {"mask": str(label)}),
             attributes={key: group_index(spec, said.get(key)) for key, spec in self.attributes.items()},
             unit=name,
             synthetic=bool(notes.get("synthetic", False)),
@@ -242,9 +237,7 @@ class Decathlon(VolumeDataset):
     def _read_table(self, path: Path) -> dict[str, dict[str, str]]:
         """Case -> its groups, empty cells left out."""
         table = read_table(path, ("id", *self.columns))
-        repeated = table["id"][table["id"].duplicated()]
-        if len(repeated):
-            raise InvalidSampleError(f"{path}[id]", f"{repeated.iloc[0]!r} twice", "one row for each case")
+        check_ids(table, path)
         for name, groups in self.columns.items():
             check_groups(table, name, groups, path)
         return {row["id"]: {k: row[k] for k in self.columns if row[k]} for row in table.to_dict("records")}
@@ -303,29 +296,6 @@ def _window(task: Task, modalities: Sequence[str], window: tuple[float, float] |
     return Window(0, 1)
 
 
-def _read_volumes(path: str) -> list[Volume]:
-    """The volumes of a NIfTI file of three or four dimensions, float32 in RAS order."""
-    if not path.endswith(NIFTI):
-        raise InvalidSampleError(path, "another kind of file", f"a name that ends in {' or '.join(NIFTI)}")
-    try:
-        image: Any = nib.load(path)
-        values = np.asarray(image.dataobj, np.float32)
-    except (OSError, EOFError, ValueError, zlib.error, ImageFileError, HeaderDataError) as error:
-        raise InvalidSampleError(path, f"unreadable ({error})", "a whole NIfTI file; fetch it again") from error
-    if values.ndim not in (3, 4):
-        raise InvalidSampleError(path, f"{values.ndim}-D data of {values.shape}", "(H, W, D) or (H, W, D, C)")
-    affine = check_affine(image.affine, path)
-    native = Native(nib.aff2axcodes(affine), np.dtype(np.float32), header=image.header.copy())
-    volumes = np.moveaxis(values[..., None] if values.ndim == 3 else values, -1, 0)
-    return [Volume(volume, affine, native).reoriented(RAS) for volume in volumes]
-
-
-def _finite(values: Array, where: str) -> Array:
-    if not np.isfinite(values).all():
-        raise InvalidSampleError(where, "NaN or infinite values", "finite intensities")
-    return values
-
-
 def _scaled(values: Array, noted: Sequence[float] | None, where: str) -> Array:
     """A volume of MRI in [0, 1], by the window that its file notes, or by percentiles."""
     low, high = noted or np.percentile(values, PERCENTILES).tolist()
@@ -335,4 +305,4 @@ def _scaled(values: Array, noted: Sequence[float] | None, where: str) -> Array:
 
 
 def _place(root: Path, folder: str, name: str) -> Path:
-    return root / folder / f"{name}.nii.gz"
+    return root / folder / f"{check_id(name, root / folder)}.nii.gz"

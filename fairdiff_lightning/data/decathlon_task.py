@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock
 
 from fairdiff_lightning.data.errors import InvalidSampleError
 from fairdiff_lightning.data.native import atomic_path, visible_files
@@ -22,14 +25,14 @@ class Task:
         modalities: names of the channels, in order.
         labels: names of the classes, in order, background first.
         training: paths of image and label of each case, below the folder of the task.
-        num_test: number of images without labels.
+        test: paths of the images without labels.
     """
 
     name: str
     modalities: tuple[str, ...]
     labels: tuple[str, ...]
     training: tuple[tuple[str, str], ...] = ()
-    num_test: int = 0
+    test: tuple[str, ...] = ()
 
 
 def read_task(path: Path) -> Task:
@@ -50,8 +53,14 @@ def read_task(path: Path) -> Task:
         if not (isinstance(case, dict) and {"image", "label"} <= case.keys()):
             raise InvalidSampleError(f"{path}[training][{number}]", f"{case!r}", "an image and a label")
         pairs.append((str(case["image"]), str(case["label"])))
+    test = []
+    for number, image in enumerate(content.get("test", ())):
+        image = image.get("image") if isinstance(image, dict) else image
+        if not isinstance(image, str):
+            raise InvalidSampleError(f"{path}[test][{number}]", f"{image!r}", "the path of an image")
+        test.append(image)
     names = [_in_order(content[key], f"{path}[{key}]") for key in ("modality", "labels")]
-    return Task(str(content.get("name", "")), names[0], names[1], tuple(pairs), len(content.get("test", ())))
+    return Task(str(content.get("name", "")), names[0], names[1], tuple(pairs), tuple(test))
 
 
 def _in_order(named: Any, where: str) -> tuple[str, ...]:
@@ -63,26 +72,33 @@ def _in_order(named: Any, where: str) -> tuple[str, ...]:
 
 
 def list_cases(root: Path, task: Task) -> None:
-    """Name the pairs that are there in ``dataset.json``, beside those that it names already.
+    """Name the pairs that are there in ``dataset.json``, beside those that it names already."""
+    there = [f.name for f in visible_files(root, f"{LABELS}/*.nii.gz") if (root / IMAGES / f.name).is_file()]
+    _add(root, task, there)
 
-    Several processes may write at a time: one whose list was complete when it looked again after it had stored it has
-    missed nothing, and a case that came later is listed by whoever wrote it.
-    """
+
+def add_case(root: Path, task: Task, name: str) -> None:
+    """Name one pair more, ``<name>.nii.gz``, in ``dataset.json``; where that is yet to be made, all that are there."""
+    if (root / TASK).is_file():
+        _add(root, task, [f"{name}.nii.gz"])
+    else:
+        list_cases(root, task)
+
+
+def _add(root: Path, task: Task, names: Sequence[str]) -> None:
+    """Name pairs in ``dataset.json``; several processes may do so at a time, one after the other."""
     path = root / TASK
-    listed: list[tuple[str, str]] = []
-    while True:
+    with FileLock(root / f".{TASK}.lock"):
         known = read_task(path).training if path.is_file() else ()
-        there = [f.name for f in visible_files(root, f"{LABELS}/*.nii.gz") if (root / IMAGES / f.name).is_file()]
-        pairs = list(dict.fromkeys([*known, *((f"./{IMAGES}/{name}", f"./{LABELS}/{name}") for name in there)]))
-        if pairs == listed:
+        pairs = list(dict.fromkeys([*known, *((f"./{IMAGES}/{name}", f"./{LABELS}/{name}") for name in names)]))
+        if path.is_file() and len(pairs) == len(known):
             return
-        content = (json.loads(path.read_text()) if known else _without_cases(task)) | {
+        content = (json.loads(path.read_text()) if path.is_file() else _without_cases(task)) | {
             "numTraining": len(pairs),
             "training": [{"image": image, "label": label} for image, label in pairs],
         }
         with atomic_path(path) as temporary:
             temporary.write_text(json.dumps(content, indent=1))
-        listed = pairs
 
 
 def _without_cases(task: Task) -> dict[str, Any]:

@@ -16,24 +16,44 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pydicom
+from lightning.pytorch.utilities import rank_zero_warn
 from numpy.typing import NDArray
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.errors import InvalidDicomError
-from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
+from pydicom.uid import (
+    CTImageStorage,
+    EnhancedContinuousRTImageStorage,
+    EnhancedRTImageStorage,
+    ExplicitVRLittleEndian,
+    ParametricMapStorage,
+    RTDoseStorage,
+    RTImageStorage,
+    SegmentationStorage,
+    generate_uid,
+)
 
 from fairdiff_lightning.data.dicom import read_stored
 from fairdiff_lightning.data.errors import InvalidSampleError
+from fairdiff_lightning.data.grid import RAS, Array, Native, Volume, check_affine
 from fairdiff_lightning.data.native import visible_files
-from fairdiff_lightning.data.volumes import RAS, Array, Native, Volume, check_affine
 
 PLACE = ("SeriesInstanceUID", "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing")
+NO_SLICES = (
+    EnhancedContinuousRTImageStorage,
+    EnhancedRTImageStorage,
+    ParametricMapStorage,
+    RTDoseStorage,
+    RTImageStorage,
+    SegmentationStorage,
+)
+"""Objects with pixels that lie beside a series and are none of its slices."""
 TO_RAS = np.diag([-1.0, -1.0, 1.0])
 """DICOM's x and y run to the patient's left and back."""
 NEW_SERIES_AXES = ("P", "L", "S")
 
 
 def read_series(folder: str | Path, axes: Sequence[str] | None = RAS, series: str | None = None) -> Volume:
-    """Read the slices in a folder as a volume; files that are no images (structures, reports) are passed over.
+    """Read the slices in a folder as a volume; what is no slice (structures, plans, doses, masks) is passed over.
 
     Args:
         folder: of one series.
@@ -42,9 +62,11 @@ def read_series(folder: str | Path, axes: Sequence[str] | None = RAS, series: st
 
     Raises:
         InvalidSampleError: for no or several series, slices missing, doubled, of unequal size or orientation, a tilted
-            gantry, or pixels that cannot be decoded.
+            gantry, a spacing that is not above 0, or pixels that cannot be decoded.
     """
     slices = _of_one_series(Path(folder), series)
+    for path, header in slices:
+        _check_spacing(path, header)
     _check_alike(slices, folder)
     order = np.argsort([_depth(header) for _, header in slices], kind="stable")
     slices = [slices[i] for i in order]
@@ -119,7 +141,7 @@ def _images(folder: Path) -> Iterator[tuple[Path, Dataset]]:
             continue
         except (OSError, EOFError, ValueError) as error:
             raise InvalidSampleError(path, f"unreadable ({error})", "a DICOM file; fetch it again") from error
-        if "Rows" not in header:
+        if "Rows" not in header or header.get("SOPClassUID") in NO_SLICES:
             continue
         missing = [name for name in PLACE if name not in header]
         if missing:
@@ -138,6 +160,16 @@ def _check_alike(slices: Sequence[tuple[Path, Dataset]], folder: str | Path) -> 
                     f"{name} {one.tolist()} in {first_path.name} and {other.tolist()} in {path.name}",
                     "slices that are alike",
                 )
+
+
+def _check_spacing(path: Path, header: Dataset) -> None:
+    """Check that sizes are above 0; a thickness of 0 is taken for one that is not known."""
+    pixel = np.asarray(header.PixelSpacing, float)
+    if not (pixel.shape == (2,) and np.isfinite(pixel).all() and pixel.min() > 0):
+        raise InvalidSampleError(path, f"PixelSpacing {pixel.tolist()}", "two sizes above 0, mm")
+    thickness = float(header.get("SliceThickness") or 0)
+    if not (np.isfinite(thickness) and thickness >= 0):
+        raise InvalidSampleError(path, f"SliceThickness {thickness:g}", "a size above 0, mm")
 
 
 def _directions(header: Dataset) -> tuple[Array, Array, Array]:
@@ -166,10 +198,7 @@ def _affine(headers: Sequence[Dataset], folder: str | Path) -> NDArray[np.float6
 def _step(places: Array, through: Array, headers: Sequence[Dataset], folder: str | Path) -> Array:
     """From one slice to the next, mm."""
     if len(places) == 1:
-        thickness = headers[0].get("SpacingBetweenSlices") or headers[0].get("SliceThickness")
-        if not thickness:
-            raise InvalidSampleError(folder, "one slice without SliceThickness", "a slice that says how thick it is")
-        return through * float(thickness)
+        return through * _thickness(headers[0], folder)
     gaps = np.diff(places @ through)
     usual = float(np.median(gaps))
     widest = int(np.argmax(np.abs(gaps - usual)))
@@ -184,7 +213,48 @@ def _step(places: Array, through: Array, headers: Sequence[Dataset], folder: str
             f"{gaps[widest]:.3f} mm between slices {widest} and {widest + 1}, {usual:.3f} mm between others",
             "even gaps; slices are missing, or of several scans",
         )
+    _check_every_slice(usual, headers, folder)
     return (places[-1] - places[0]) / (len(places) - 1)  # type: ignore[no-any-return]
+
+
+def _thickness(header: Dataset, folder: str | Path) -> float:
+    """Of a slice that lies alone, mm."""
+    for name in ("SpacingBetweenSlices", "SliceThickness"):
+        if header.get(name):
+            thickness = float(header[name].value)
+            if not (np.isfinite(thickness) and thickness > 0):
+                raise InvalidSampleError(folder, f"{name} {thickness:g}", "a size above 0, mm")
+            return thickness
+    raise InvalidSampleError(folder, "one slice without SliceThickness", "a slice that says how thick it is")
+
+
+def _check_every_slice(gap: float, headers: Sequence[Dataset], folder: str | Path) -> None:
+    """Check an even gap against what the headers say.
+
+    Slices may lie further apart than they are thick (lungs are scanned so), some scanners state the space between
+    slices for their distance, and numbers may count echoes too. So it takes two witnesses to say that slices are
+    missing: a gap of n times the spacing, and numbers that count by n. A spacing alone that differs is a warning.
+    """
+    names = ("SpacingBetweenSlices", "SliceThickness")
+    name = next((name for name in names if headers[0].get(name)), None)
+    if name is None:
+        return
+    stated = abs(float(headers[0][name].value))
+    times = round(gap / stated)
+    numbers = np.array([int(header.get("InstanceNumber") or 0) for header in headers])
+    counted = set(np.abs(np.diff(numbers)).tolist())
+    if times > 1 and abs(gap / stated - times) < 0.05 and counted == {times}:
+        raise InvalidSampleError(
+            folder,
+            f"slices {gap:.3f} mm apart for a {name} of {stated:g} mm, of InstanceNumber "
+            f"{numbers[0]}, {numbers[1]}, ... that count by {times}",
+            f"every slice; {times - 1} of {times} are missing",
+        )
+    if name == "SpacingBetweenSlices" and abs(gap - stated) > 0.05 * gap:
+        rank_zero_warn(
+            f"{folder}: slices lie {gap:.3f} mm apart, which is taken, but SpacingBetweenSlices is {stated:g} mm. "
+            "Check that none is missing."
+        )
 
 
 def _rescale(headers: Sequence[Dataset], name: str, default: float) -> float | Array:

@@ -14,10 +14,11 @@ from numpy.typing import NDArray
 
 from fairdiff_lightning.data.errors import InvalidSampleError
 from fairdiff_lightning.data.native import Index, Record, visible_files
+from fairdiff_lightning.data.nifti import nifti_grid
 from fairdiff_lightning.data.phantoms_3d import left_ventricle
 from fairdiff_lightning.data.pictures import opened
 from fairdiff_lightning.data.sample import UNKNOWN, AttributeSpec
-from fairdiff_lightning.data.volume_dataset import VolumeDataset, group_index
+from fairdiff_lightning.data.volume_dataset import VolumeDataset, check_id, group_index
 from fairdiff_lightning.data.volume_module import VolumeDataModule
 from fairdiff_lightning.data.volumes import (
     NIFTI,
@@ -119,8 +120,14 @@ class Emidec(VolumeDataset):
 
     def read_labels(self, record: Record) -> Volume:
         """Read the mask of the five classes."""
+        if "mask" in record.files:
+            return check_mask(self.read_mask_file(record, None), len(self.classes), record.files["mask"])
         volume, where = _read(record, "mask")
         return check_mask(volume, len(self.classes), where)
+
+    def read_grid(self, record: Record) -> Volume:
+        """The grid of the image; of a NIfTI file the header alone is read."""
+        return nifti_grid(record.files["image"], None) if "image" in record.files else self.read_image(record)
 
     def write_volumes(self, directory: Path, sample_id: str, image: Volume, mask: Volume, **notes: Any) -> Path:
         """Store an image in [0, 1] (float32) and its mask below ``Pathological``.
@@ -158,7 +165,7 @@ class Emidec(VolumeDataset):
         found = CASE.search(case)
         letter = {"P": 1, "N": 0}.get(_letter(case) or "", UNKNOWN)
         noted = group_index(self.attributes["pathology"], notes.get("pathology"))
-        record_id = str(notes.get("id", case))
+        record_id = check_id(str(notes.get("id", case)), next(iter(image.values())))
         return Record(
             id=record_id,
             files=image | mask,
@@ -255,6 +262,7 @@ def _letter(case: str) -> str | None:
 
 
 def _stem(sample_id: str) -> str:
+    check_id(sample_id, "a sample to write")
     return sample_id if sample_id.startswith("Case_P") else f"Case_P-{sample_id}"
 
 

@@ -14,7 +14,7 @@ from fairdiff_lightning.data.cache import Arrays, Layout
 from fairdiff_lightning.data.native import NativeDataset, Record, check_classes
 from fairdiff_lightning.data.resample import to_spacing
 from fairdiff_lightning.data.resize import Resize, centre_region, crop_to, resize_image, resize_mask
-from fairdiff_lightning.data.volume_dataset import VolumeDataset
+from fairdiff_lightning.data.volume_dataset import VolumeDataset, has_mask
 from fairdiff_lightning.data.volumes import Size, Volume, block_of, crop_or_pad
 
 Tensors = dict[str, Tensor]
@@ -105,32 +105,41 @@ class VolumeFrame:
         spacing: of the voxels that it is resampled to, mm; None resamples nothing.
         foreground: crop to the box in which the image is above the window's low end first.
         at_least: sides that a smaller volume is padded to where ``size`` is None, voxels.
+        keep_native: keep the mask at the file's own size among the arrays too, so that a cache holds it.
     """
 
     size: Size | None = None
     spacing: tuple[float, float, float] | None = None
     foreground: bool = False
     at_least: Size | None = None
+    keep_native: bool = False
 
     def decode(self, dataset: NativeDataset, record: Record) -> Arrays:
-        """Image (C, H, W, D) float32 in [0, 1], mask (H, W, D), affine (4, 4) of the sample and of the file."""
+        """Image (C, H, W, D) float32 in [0, 1], mask (H, W, D), affine (4, 4), and affine (4, 4) and size of the file.
+
+        A record without a mask has an empty one.
+        """
         volumes = cast(VolumeDataset, dataset)
-        channels, mask = volumes.read_aligned(record)
-        check_classes(mask.array, len(dataset.classes), str(record.files))
-        native = channels[0].affine
+        channels, mask = volumes.read_aligned(record) if has_mask(record) else (volumes.read_channels(record), None)
         images = [self._windowed(channel, volumes) for channel in channels]
-        if self.spacing is not None:
-            mask = to_spacing(mask, self.spacing, "nearest")
-        if self.foreground:
-            start, size = _box(np.any([image.array > 0 for image in images], axis=0))
-            images, mask = [block_of(image, start, size, 0) for image in images], block_of(mask, start, size, 0)
-        size = self._size(mask.shape)
-        images, mask = [crop_or_pad(image, size, 0) for image in images], crop_or_pad(mask, size, 0)
-        return np.stack([image.array for image in images]), mask.array, images[0].affine, native
+        box = _box(np.any([image.array > 0 for image in images], axis=0)) if self.foreground else None
+
+        def framed(volume: Volume) -> Volume:
+            part = volume if box is None else block_of(volume, *box, 0)
+            return crop_or_pad(part, self._size(part.shape), 0)
+
+        native: list[NDArray[Any]] = [channels[0].affine, np.array(channels[0].shape)]
+        labels: NDArray[Any] = np.zeros((0, 0, 0), np.uint8)
+        if mask is not None:
+            check_classes(mask.array, len(dataset.classes), str(record.files))
+            labels = framed(self._resampled(mask)).array
+            native += [mask.array] if self.keep_native else []
+        shown = [framed(image) for image in images]
+        return np.stack([image.array for image in shown]), labels, shown[0].affine, *native
 
     def layout(self, channels: int) -> Layout | None:
         """Float32 for the image: CT has more levels than a byte."""
-        if self.size is None:
+        if self.size is None or self.keep_native:
             return None
         affine = ((4, 4), np.float64)
         return {
@@ -138,25 +147,30 @@ class VolumeFrame:
             "masks": (self.size, np.uint8),
             "affines": affine,
             "native_affines": affine,
+            "native_sizes": ((3,), np.int64),
         }
 
     def tensors(self, arrays: Arrays) -> Tensors:
-        """``image``, ``mask``, ``affine`` and ``spacing``."""
+        """``image``, ``mask`` where there is one, ``affine`` and ``spacing``."""
         image, mask, affine = (np.array(array) for array in arrays[:3])
-        return {"image": torch.from_numpy(image), "mask": _indices(mask), **_place(affine)}
+        found = {"image": torch.from_numpy(image), **_place(affine)}
+        return {**found, "mask": _indices(mask)} if mask.size else found
 
     def native(self, dataset: NativeDataset, record: Record, arrays: Arrays) -> Tensors:
-        """``native_mask``, and ``native_affine`` and ``native_size`` of the file's grid."""
-        mask = dataset.read_mask(record)
-        affine = torch.from_numpy(np.array(arrays[3]))
-        return {"native_mask": _indices(mask), "native_affine": affine, "native_size": torch.tensor(mask.shape)}
+        """``native_mask`` where there is one, and ``native_affine`` and ``native_size`` of the file's grid."""
+        affine, size = (torch.from_numpy(np.array(array)) for array in arrays[3:5])
+        place = {"native_affine": affine, "native_size": size}
+        if not has_mask(record):
+            return place
+        mask = np.array(arrays[5]) if self.keep_native else dataset.read_mask(record)
+        return {**place, "native_mask": _indices(mask)}
 
     def cut(self, arrays: Arrays, block: tuple[slice, ...]) -> Arrays:
         """A block of the arrays, in its place in the patient."""
-        image, mask, affine, native = arrays
+        image, mask, affine, *native = arrays
         moved = np.array(affine)
         moved[:3, 3] += moved[:3, :3] @ [side.start for side in block]
-        return image[(slice(None), *block)], mask[block], moved, native
+        return image[(slice(None), *block)], mask[block], moved, *native
 
     def condition(self, dataset: NativeDataset, record: Record) -> Tensors:
         """``mask``, ``affine`` and ``spacing``."""
@@ -164,15 +178,21 @@ class VolumeFrame:
             raise ValueError("masks alone have no foreground to crop to; generate without `crop_foreground`.")
         mask = cast(VolumeDataset, dataset).read_labels(record)
         check_classes(mask.array, len(dataset.classes), str(record.files))
-        if self.spacing is not None:
-            mask = to_spacing(mask, self.spacing, "nearest")
+        mask = self._resampled(mask)
         mask = crop_or_pad(mask, self._size(mask.shape), 0)
         return {"mask": _indices(mask.array), **_place(mask.affine)}
+
+    def sides(self, grid: Volume) -> Size:
+        """Sides of the sample of a volume on a grid, where nothing is cropped to the foreground."""
+        return self._size(grid.shape if self.spacing is None else _shape_at(grid, self.spacing))
 
     def background(self, dataset: VolumeDataset, record: Record) -> Volume:
         """The image alone (H, W, D) in [0, 1], of a record that may have no mask, at its place in the patient."""
         image = self._windowed(dataset.read_image(record), dataset)
         return crop_or_pad(image, self._size(image.shape), 0)
+
+    def _resampled(self, mask: Volume) -> Volume:
+        return mask if self.spacing is None else to_spacing(mask, self.spacing, "nearest")
 
     def _windowed(self, image: Volume, dataset: VolumeDataset) -> Volume:
         if self.spacing is not None:
@@ -199,6 +219,17 @@ def _indices(mask: NDArray[Any]) -> Tensor:
 def _place(affine: NDArray[np.float64]) -> Tensors:
     spacing = np.linalg.norm(affine[:3, :3], axis=0).astype(np.float32)
     return {"affine": torch.from_numpy(affine), "spacing": torch.from_numpy(spacing)}
+
+
+def _shape_at(grid: Volume, spacing: tuple[float, float, float]) -> Size:
+    """What :func:`to_spacing` makes of a grid's shape."""
+    from monai.data.utils import compute_shape_offset, zoom_affine
+
+    if np.allclose(grid.spacing, spacing, atol=1e-3):
+        return grid.shape
+    affine = zoom_affine(grid.affine, spacing, diagonal=False)
+    height, width, depth = compute_shape_offset(grid.shape, grid.affine, affine)[0].tolist()
+    return height, width, depth
 
 
 def _box(inside: NDArray[np.bool_]) -> tuple[list[int], Size]:

@@ -14,10 +14,11 @@ from numpy.typing import NDArray
 from fairdiff_lightning.data.dbt import read_table
 from fairdiff_lightning.data.errors import InvalidSampleError
 from fairdiff_lightning.data.native import Index, Record, visible_files
+from fairdiff_lightning.data.nifti import nifti_grid
 from fairdiff_lightning.data.phantoms import allocate
 from fairdiff_lightning.data.phantoms_3d import TEXTURES, Labelled, lung_roi
 from fairdiff_lightning.data.sample import UNKNOWN, AttributeSpec
-from fairdiff_lightning.data.volume_dataset import VolumeDataset, depth_first, depth_last, group_index
+from fairdiff_lightning.data.volume_dataset import VolumeDataset, check_id, depth_first, depth_last, group_index
 from fairdiff_lightning.data.volume_module import VolumeDataModule
 from fairdiff_lightning.data.volumes import (
     NIFTI,
@@ -141,15 +142,19 @@ class LIDC(VolumeDataset):
 
     def read_labels(self, record: Record) -> Volume:
         """Read the block's mask {0, 1}."""
-        file = record.files["mask"]
-        return check_mask(depth_last(read_nifti(file, axes=None)), len(self.classes), file)
+        mask = depth_last(self.read_mask_file(record, None))
+        return check_mask(mask, len(self.classes), record.files["mask"])
+
+    def read_grid(self, record: Record) -> Volume:
+        """The grid of the block, from its file's header alone."""
+        return depth_last(nifti_grid(record.files["image"], None))
 
     def write_volumes(self, directory: Path, sample_id: str, image: Volume, mask: Volume, **notes: Any) -> Path:
         """Store a block (HU, rounded to int16) and its mask below ``Pathological``.
 
         An id that is not of the form ``<case>_Vol_<n>`` gets a file name that is.
         """
-        stem = sample_id if _is_pathological(sample_id) else f"{sample_id}_Vol_1"
+        stem = _stem(sample_id)
         self._write_mask(directory, stem, mask)
         stored = depth_first(image)
         stored = stored.with_array(np.round(stored.array).astype(np.int16))
@@ -160,8 +165,7 @@ class LIDC(VolumeDataset):
         self, directory: Path, sample_id: str, mask: NDArray[np.uint8], affine: NDArray[np.float64] | None = None
     ) -> Path:
         """Store a mask (H, W, D) as ``Pathological/Mask/<case>_Mask_<n>.nii.gz``."""
-        stem = sample_id if _is_pathological(sample_id) else f"{sample_id}_Vol_1"
-        return self._write_mask(directory, stem, Volume(mask, np.eye(4) if affine is None else affine))
+        return self._write_mask(directory, _stem(sample_id), Volume(mask, np.eye(4) if affine is None else affine))
 
     def mask_file(self, written: Path) -> Path:
         """The mask beside an image; a mask itself."""
@@ -205,7 +209,7 @@ class LIDC(VolumeDataset):
         notes = read_notes(image)
         synthetic = bool(notes.get("synthetic", False))
         texture = group_index(self.attributes["texture"], notes.get("texture"))
-        record_id = str(notes.get("id", stem))
+        record_id = check_id(str(notes.get("id", stem)), image)
         return Record(
             id=record_id,
             files={"image": str(image), "mask": str(mask)},
@@ -278,6 +282,12 @@ def _nifti(folder: Path, pattern: str = "*") -> dict[str, Path]:
 def _mask_stem(stem: str) -> str:
     head, sep, number = stem.rpartition("Vol_")
     return f"{head}Mask_{number}" if sep else stem
+
+
+def _stem(sample_id: str) -> str:
+    """Name of the file of a sample's image."""
+    stem = check_id(sample_id, "a sample to write")
+    return stem if _is_pathological(stem) else f"{stem}_Vol_1"
 
 
 def _is_pathological(stem: str) -> bool:

@@ -8,8 +8,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from fairdiff_lightning.data.grid import Size
 from fairdiff_lightning.data.seeding import generator
-from fairdiff_lightning.data.volumes import Size
+
+GUESSES, ROUNDS = 64, 64
+"""Voxels that are looked at together, and how often, before a whole mask is."""
 
 
 @dataclass(frozen=True)
@@ -43,10 +46,31 @@ class PatchSampler:
         random = generator(self.seed, "patch", *names)
         around, *place = torch.rand(4, generator=random, dtype=torch.float64).tolist()
         room = [full - side for full, side in zip(mask.shape, self.size, strict=True)]
-        voxels = np.flatnonzero(mask) if around < self.positive else ()
-        if len(voxels):
-            centre = np.unravel_index(voxels[int(place[0] * len(voxels))], mask.shape)
-            start = [min(max(int(c) - n // 2, 0), r) for c, n, r in zip(centre, self.size, room, strict=True)]
+        centre = draw_foreground(mask, random) if around < self.positive else None
+        if centre is not None:
+            start = [min(max(c - n // 2, 0), r) for c, n, r in zip(centre, self.size, room, strict=True)]
         else:
             start = [int(p * (r + 1)) for p, r in zip(place, room, strict=True)]
         return tuple(slice(s, s + n) for s, n in zip(start, self.size, strict=True))
+
+
+def draw_foreground(mask: NDArray[np.uint8], random: torch.Generator) -> tuple[int, ...] | None:
+    """Draw a voxel of the foreground, each as likely as any other; None where there is none.
+
+    Voxels are guessed until one belongs to the foreground, so that of a mask on disk little is read. Only one that is
+    hardly ever hit (less than about one voxel in a thousand) or empty is searched as a whole.
+
+    Args:
+        mask: class indices, 0 is background.
+        random: CPU generator of the draw.
+    """
+    for _ in range(ROUNDS):
+        guesses = np.unravel_index(torch.randint(mask.size, (GUESSES,), generator=random).numpy(), mask.shape)
+        hits = np.flatnonzero(mask[guesses])
+        if len(hits):
+            return tuple(int(axis[hits[0]]) for axis in guesses)
+    voxels = np.flatnonzero(mask)
+    if not len(voxels):
+        return None
+    chosen = voxels[int(torch.randint(len(voxels), (1,), generator=random))]
+    return tuple(int(axis) for axis in np.unravel_index(chosen, mask.shape))

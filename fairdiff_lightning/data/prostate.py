@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -12,13 +10,15 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from fairdiff_lightning.data.case_table import check_groups, check_ids
 from fairdiff_lightning.data.dbt import read_table
 from fairdiff_lightning.data.errors import InvalidSampleError
 from fairdiff_lightning.data.native import Index, Record, visible_files
+from fairdiff_lightning.data.nifti import labels_on
 from fairdiff_lightning.data.phantoms import allocate
 from fairdiff_lightning.data.phantoms_pelvis import SCANNERS, STAGES, ct, grid_affine, pelvis
 from fairdiff_lightning.data.sample import AttributeSpec
-from fairdiff_lightning.data.volume_dataset import VolumeDataset, group_index
+from fairdiff_lightning.data.volume_dataset import VolumeDataset, check_id, group_index
 from fairdiff_lightning.data.volume_module import VolumeDataModule
 from fairdiff_lightning.data.volumes import (
     NIFTI,
@@ -46,13 +46,14 @@ class Prostate(VolumeDataset):
     Layout: ``cases.csv`` with ``id``, ``image`` and ``mask`` (paths below its folder), the columns that are
     attributes, by the names of their groups, empty where unknown, and optionally ``patient`` and ``split`` (train or
     test, or nothing). An image is a NIfTI file, or a folder of one DICOM series; a mask is a NIfTI file, or an RTSTRUCT
-    (``.dcm``) of which the structures that match are joined. A row without a mask is left out. Without the table,
-    ``images/<id>.nii.gz`` and ``masks/<id>.nii.gz`` are paired, as samples are written.
+    (``.dcm``) of which the structures that match are joined. Without the table, ``images/<id>.nii.gz`` and
+    ``masks/<id>.nii.gz`` are paired, as samples are written. An image without a mask is for prediction alone.
 
     Args:
         columns: columns of the table that are attributes -> names of their groups.
         classes: names of the mask's values, background first.
-        binary: take every value above 0 for the target, as dMoE does with CTV, PTV and GTV; needs two classes.
+        targets: values of a NIfTI mask that are joined to the one target, as dMoE joins CTV, PTV and GTV; a mask with
+            another value above 0 is an error. The first is what masks are written with. None keeps ``classes`` apart.
         structures: regular expressions of the whole names of the structures of an RTSTRUCT that are joined to the
             target, in capitals or not.
         window: HU that are [0, 1] in a sample; the default is the paper's.
@@ -60,7 +61,7 @@ class Prostate(VolumeDataset):
         ignore_mask_affine: take the image's affine for its mask too; the shapes must agree all the same.
 
     Raises:
-        ValueError: for ``binary`` with other than two classes.
+        ValueError: for ``targets`` with other than two classes, or that are no values from 1 to 255.
     """
 
     name: ClassVar[str] = "Prostate"
@@ -68,7 +69,7 @@ class Prostate(VolumeDataset):
     expected_tree: ClassVar[str] = (
         f"  {TABLE}    id, image, mask, and the attributes (t_stage, centre); patient and split are optional\n"
         "  <image>      a NIfTI file, or a folder of one DICOM series of CT, for each row\n"
-        "  <mask>       a NIfTI file, or an RTSTRUCT (.dcm), for each row\n"
+        "  <mask>       a NIfTI file, or an RTSTRUCT (.dcm); nothing in a row that is for prediction alone\n"
         f"or, without the table, {IMAGES}/<id>.nii.gz and {MASKS}/<id>.nii.gz"
     )
     source: ClassVar[str] = (
@@ -80,18 +81,23 @@ class Prostate(VolumeDataset):
         self,
         columns: Mapping[str, Sequence[str]] = COLUMNS,
         classes: Sequence[str] = ("background", "target"),
-        binary: bool = True,
+        targets: Sequence[int] | None = (1,),
         structures: Sequence[str] = TARGETS,
         window: tuple[float, float] = (-200, 250),
         hu_offset: float | None = None,
         ignore_mask_affine: bool = False,
     ) -> None:
-        if binary and len(classes) != 2:
-            raise ValueError(f"binary=True with the classes {list(classes)}; expected are two, or binary=False.")
+        if targets is not None and len(classes) != 2:
+            raise ValueError(
+                f"targets={tuple(targets)} with the classes {list(classes)}; expected are two, or targets=None."
+            )
+        if targets is not None and not (targets and all(value in range(1, 256) for value in targets)):
+            raise ValueError(f"targets={tuple(targets)}; expected are values of a mask from 1 to 255, or None.")
         self.columns = {name: tuple(groups) for name, groups in columns.items()}
         self.classes = tuple(classes)  # type: ignore[misc] # of the reader, not of its class
         self.window = Window(*window)  # type: ignore[misc]
-        self.binary, self.structures, self.hu_offset = binary, tuple(structures), hu_offset
+        self.targets = None if targets is None else tuple(targets)
+        self.structures, self.hu_offset = tuple(structures), hu_offset
         self.ignore_mask_affine = ignore_mask_affine
 
     @property
@@ -100,19 +106,16 @@ class Prostate(VolumeDataset):
         return {name: AttributeSpec(name, groups) for name, groups in self.columns.items()}
 
     def index(self, root: Path) -> Index:
-        """List the rows of the table, or the pairs; a row without one of its files is an error of that row."""
-        if not (root / TABLE).is_file():
-            return self._index_pairs(root)
-        records, errors, left_out = [], [], Counter[str]()
-        for number, row in enumerate(self._read_table(root / TABLE)):
-            if not row["mask"]:
-                left_out[f"rows of {TABLE} without a mask"] += 1
-                continue
-            try:
-                records.append(self._record(root, row, f"{root / TABLE}, row {number + 2}"))
-            except InvalidSampleError as error:
-                errors.append(error)
-        return Index(records, dict(left_out), errors)
+        """List the rows of the table that have a mask, or the pairs; a row whose file is absent is an error."""
+        rows, errors = self._rows(root)
+        index = self._records(root, {where: row for where, row in rows.items() if row["mask"]})
+        without = len(rows) - len(index.records) - len(index.errors)
+        left_out = {"images without a mask, which are for prediction alone": without} if without else {}
+        return Index(index.records, left_out, [*errors, *index.errors])
+
+    def unlabelled(self, root: Path) -> Index:
+        """List the rows of the table, or the images, that have no mask."""
+        return self._records(root, {where: row for where, row in self._rows(root)[0].items() if not row["mask"]})
 
     def read_image(self, record: Record) -> Volume:
         """Read the CT in HU, float32, in RAS order."""
@@ -127,8 +130,8 @@ class Prostate(VolumeDataset):
         file = record.files["mask"]
         if _is_dicom(file):
             return self._structures(file, self.read_image(record))
-        mask = read_volume(file)
-        return check_mask(_joined(mask, file) if self.binary else mask, len(self.classes), file)
+        mask = self.read_mask_file(record)
+        return check_mask(mask, len(self.classes), file) if self.targets is None else _joined(mask, self.targets, file)
 
     def read_volumes(self, record: Record) -> tuple[Volume, Volume]:
         """Read image and mask, on one grid."""
@@ -142,31 +145,31 @@ class Prostate(VolumeDataset):
 
         What a table would say of it stands in the header of the image.
         """
-        write_nifti(directory / MASKS / f"{sample_id}.nii.gz", mask.with_array(mask.array.astype(np.uint8)))
+        write_nifti(_place(directory, MASKS, sample_id), mask.with_array(self._values(mask.array)))
         stored = image.with_array(np.round(image.array).astype(np.int16))
-        return write_nifti(directory / IMAGES / f"{sample_id}.nii.gz", stored, {"id": sample_id, **notes})
+        return write_nifti(_place(directory, IMAGES, sample_id), stored, {"id": sample_id, **notes})
 
     def write_mask(
         self, directory: Path, sample_id: str, mask: NDArray[np.uint8], affine: NDArray[np.float64] | None = None
     ) -> Path:
         """Store a mask (H, W, D) as ``masks/<id>.nii.gz``."""
-        volume = Volume(mask.astype(np.uint8), np.eye(4) if affine is None else affine)
-        return write_nifti(directory / MASKS / f"{sample_id}.nii.gz", volume)
+        volume = Volume(self._values(mask), np.eye(4) if affine is None else affine)
+        return write_nifti(_place(directory, MASKS, sample_id), volume)
 
     def write_prediction(self, directory: Path, record: Record, mask: NDArray[np.uint8]) -> Path:
         """Store a predicted mask (H, W, D) in ``masks``, voxel for voxel on the grid of the image's own file.
 
         Of a NIfTI file it is one; of a DICOM series an RTSTRUCT where the case has one, else a DICOM SEG.
         """
-        image = self.read_image(record)
+        path, image = _place(directory, MASKS, record.id), self.read_grid(record)
         if not Path(record.files["image"]).is_dir():
-            return write_nifti(directory / MASKS / f"{record.id}.nii.gz", labels_on(image, mask))
+            return write_nifti(path, labels_on(image, self._values(mask)))
         from fairdiff_lightning.data.dicom_seg import write_segmentation
         from fairdiff_lightning.data.rtstruct import write_structures
 
-        write = write_structures if _is_dicom(record.files["mask"]) else write_segmentation
-        names = dict(enumerate(self.classes[1:], 1))
-        return write(directory / MASKS / f"{record.id}.dcm", image.with_array(mask.astype(np.uint8)), image, names)
+        write = write_structures if _is_dicom(record.files.get("mask", "")) else write_segmentation
+        names, placed = dict(enumerate(self.classes[1:], 1)), image.with_array(mask.astype(np.uint8))
+        return write(path.with_name(f"{record.id}.dcm"), placed, image, names)
 
     def write_phantom(self, root: Path, seed: int) -> None:
         """Write 24 training cases of centre A and 8 test cases each of A and B; stages 10, 50, 30 and 10 %."""
@@ -184,6 +187,12 @@ class Prostate(VolumeDataset):
             rows.append({"id": name, **files, "t_stage": STAGES[stage], "centre": centre, "split": split})
         pd.DataFrame(rows).to_csv(root / TABLE, index=False)
 
+    def _values(self, mask: NDArray[Any]) -> NDArray[np.uint8]:
+        """A mask of classes in the values of the files."""
+        return (
+            mask.astype(np.uint8) if self.targets is None else np.where(mask > 0, self.targets[0], 0).astype(np.uint8)
+        )
+
     def _structures(self, file: str, image: Volume) -> Volume:
         from fairdiff_lightning.data.rtstruct import read_structures
 
@@ -196,27 +205,38 @@ class Prostate(VolumeDataset):
             blank = table.index[table[column] == ""]
             if len(blank):
                 raise InvalidSampleError(f"{path}[{column}], row {blank[0] + 2}", "nothing", f"an {column} in each row")
-        repeated = table["id"][table["id"].duplicated()]
-        if len(repeated):
-            raise InvalidSampleError(f"{path}[id]", f"{repeated.iloc[0]!r} twice", "one row for each image")
+        check_ids(table, path)
         for name, groups in {**self.columns, "split": ("train", "test")}.items():
             check_groups(table, name, groups, path)
         return [{str(name): value for name, value in row.items()} for row in table.to_dict("records")]
 
-    def _index_pairs(self, root: Path) -> Index:
+    def _rows(self, root: Path) -> tuple[dict[str, dict[str, str]], list[InvalidSampleError]]:
+        """Where each row of the table stands and what it says, or would say of a pair; errors for masks alone."""
+        if (root / TABLE).is_file():
+            return {f"{root / TABLE}, row {k + 2}": row for k, row in enumerate(self._read_table(root / TABLE))}, []
         images, masks = _nifti(root / IMAGES), _nifti(root / MASKS)
         if not images:
             raise self.not_found(root, f"no {TABLE} and no {IMAGES}" if root.is_dir() else "no such folder")
-        lone = sorted(images.keys() ^ masks.keys())
         errors = [
-            InvalidSampleError((images | masks)[stem], f"no {MASKS if stem in images else IMAGES} of its name", "both")
-            for stem in lone
+            InvalidSampleError(mask, f"no {IMAGES} of its name", "both") for k, mask in masks.items() if k not in images
         ]
-        rows = ({"id": stem, "image": str(images[stem]), "mask": str(masks[stem])} for stem in images if stem in masks)
-        return Index([self._record(root, row, row["image"]) for row in rows], {}, errors)
+        rows = {
+            str(file): {"id": stem, "image": str(file), "mask": str(masks.get(stem, ""))}
+            for stem, file in images.items()
+        }
+        return rows, errors
+
+    def _records(self, root: Path, rows: Mapping[str, Mapping[str, str]]) -> Index:
+        records, errors = [], []
+        for where, row in rows.items():
+            try:
+                records.append(self._record(root, row, where))
+            except InvalidSampleError as error:
+                errors.append(error)
+        return Index(records, {}, errors)
 
     def _record(self, root: Path, row: Mapping[str, str], where: str) -> Record:
-        files = {role: root / row[role] for role in ("image", "mask")}
+        files = {role: root / row[role] for role in ("image", "mask") if row[role]}
         for role, file in files.items():
             if not file.exists():
                 raise InvalidSampleError(f"{where}, {role}", f"no file '{file}'", f"the path below '{root}'")
@@ -249,7 +269,7 @@ class ProstateDataModule(VolumeDataModule):
         positive: share of these blocks that lie around the target.
         columns: columns of the table that are attributes -> names of their groups.
         classes: names of the mask's values, background first.
-        binary: take every value above 0 for the target.
+        targets: values of a NIfTI mask that are joined to the one target; None keeps ``classes`` apart.
         structures: regular expressions of the names of the structures of an RTSTRUCT that are joined to the target.
         window: HU that are [0, 1] in a sample.
         hu_offset: HU of what is stored as 0, for files whose offset was never applied.
@@ -270,43 +290,33 @@ class ProstateDataModule(VolumeDataModule):
         positive: float = 10 / 11,
         columns: Mapping[str, Sequence[str]] = COLUMNS,
         classes: Sequence[str] = ("background", "target"),
-        binary: bool = True,
+        targets: Sequence[int] | None = (1,),
         structures: Sequence[str] = TARGETS,
         window: tuple[float, float] = (-200, 250),
         hu_offset: float | None = None,
         ignore_mask_affine: bool = False,
         **kwargs: Any,
     ) -> None:
-        dataset = Prostate(columns, classes, binary, structures, window, hu_offset, ignore_mask_affine)
+        dataset = Prostate(columns, classes, targets, structures, window, hu_offset, ignore_mask_affine)
         frame = (image_size, batch_size, num_workers, spacing, crop_foreground, patch_size, positive)
         super().__init__(dataset, root, attributes, *frame, **kwargs)
 
 
-def check_groups(table: pd.DataFrame, name: str, groups: Sequence[str], path: Path) -> None:
-    """Check that a column, where the table has it, holds nothing but groups and empty cells.
-
-    Raises:
-        InvalidSampleError: with the row and the value found.
-    """
-    for number, group in enumerate(table[name] if name in table.columns else ()):
-        if group and group not in groups:
-            where = f"{path}[{name}], row {number + 2}"
-            raise InvalidSampleError(where, f"{group!r}", f"one of {', '.join(groups)}, or nothing")
-
-
-def labels_on(image: Volume, mask: NDArray[np.uint8]) -> Volume:
-    """Place a mask (H, W, D) on the grid of an image, to be written in the order and with the header of its file."""
-    native = image.native
-    if native is not None:
-        native = replace(native, dtype=np.dtype(np.uint8), slope=1.0, intercept=0.0, slices=())
-    return replace(image.with_array(mask.astype(np.uint8)), native=native)
-
-
-def _joined(mask: Volume, where: str) -> Volume:
+def _joined(mask: Volume, targets: Sequence[int], where: str) -> Volume:
     values = np.unique(mask.array)
-    if not (np.equal(values, np.round(values)).all() and values[0] >= 0):
-        raise InvalidSampleError(where, f"mask values {values[:8].tolist()}", "0 and whole numbers above it")
+    others = values[~np.isin(values, (0, *targets))]
+    if len(others):
+        raise InvalidSampleError(
+            where,
+            f"mask values {others[:8].tolist()}",
+            f"0 and the targets {', '.join(map(str, targets))}; give `targets` the values that are joined, or None "
+            "for classes apart",
+        )
     return mask.with_array((mask.array > 0).astype(np.uint8))
+
+
+def _place(root: Path, folder: str, name: str) -> Path:
+    return root / folder / f"{check_id(name, root / folder)}.nii.gz"
 
 
 def _nifti(folder: Path) -> dict[str, Path]:

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fairdiff_lightning.data.volumes import Volume, overlap
+from fairdiff_lightning.data.blocks import overlap
+from fairdiff_lightning.data.grid import Volume
 
 
 def to_spacing(volume: Volume, spacing: Sequence[float], mode: Literal["bilinear", "nearest"]) -> Volume:
@@ -20,7 +21,12 @@ def to_spacing(volume: Volume, spacing: Sequence[float], mode: Literal["bilinear
         volume: an image or a mask.
         spacing: size of a voxel along each axis, mm.
         mode: ``nearest`` for masks.
+
+    Raises:
+        ValueError: for a spacing that is not three sizes above 0.
     """
+    if len(spacing) != 3 or not all(np.isfinite(size) and size > 0 for size in spacing):
+        raise ValueError(f"spacing is {tuple(spacing)}; expected are three sizes of a voxel above 0, mm, as (1, 1, 3).")
     if np.allclose(volume.spacing, spacing, atol=1e-3):
         return volume
     from monai.data import MetaTensor

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -11,15 +12,18 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fairdiff_lightning.data.native import NativeDataset, Record
+from fairdiff_lightning.data.errors import InvalidSampleError
+from fairdiff_lightning.data.native import Index, NativeDataset, Record
+from fairdiff_lightning.data.nifti import nifti_grid
 from fairdiff_lightning.data.sample import UNKNOWN, AttributeSpec, Sample
-from fairdiff_lightning.data.volumes import RAS, Array, Volume, Window, check_same_grid, read_volume
+from fairdiff_lightning.data.volumes import NIFTI, RAS, Array, Volume, Window, check_same_grid, read_volume
 
 
 class VolumeDataset(NativeDataset):
     """Reads and writes one data set of volumes in its owner's layout."""
 
     ndim: ClassVar[int] = 3
+    version: ClassVar[int] = 2
     channels: ClassVar[int] = 1
     window: ClassVar[Window]
     """Intensities, in the unit of :meth:`read_volumes`, that are [0, 1] in a sample; its low end is what pads."""
@@ -33,7 +37,7 @@ class VolumeDataset(NativeDataset):
     flip_axes: ClassVar[tuple[int, ...]] = (0,)
     """Axes along which training may mirror a volume."""
     ignore_mask_affine: bool = False
-    """Whether a mask is taken to lie where its image lies, whatever its file says; the shapes must agree."""
+    """Whether a mask is taken to lie voxel for voxel where its image's file does, whatever its own file says."""
 
     @abstractmethod
     def read_image(self, record: Record) -> Volume:
@@ -54,10 +58,7 @@ class VolumeDataset(NativeDataset):
     def read_volumes(self, record: Record) -> tuple[Volume, Volume]:
         """Read image and mask, on one grid."""
         image, mask = self.read_image(record), self.read_labels(record)
-        if self.ignore_mask_affine and mask.shape == image.shape:
-            mask = Volume(mask.array, image.affine)
-        check_same_grid(image, mask, record.files.get("mask", f"mask of {record.id}"))
-        return image, mask
+        return image, on_grid(image, mask, record.files.get("mask", f"mask of {record.id}"))
 
     def read_channels(self, record: Record) -> tuple[Volume, ...]:
         """Read every channel of the image, (H, W, D) each."""
@@ -67,6 +68,32 @@ class VolumeDataset(NativeDataset):
         """Read every channel of the image and the mask, on one grid."""
         image, mask = self.read_volumes(record)
         return (image,), mask
+
+    def read_grid(self, record: Record) -> Volume:
+        """The grid of the image, in the order of its axes; of a NIfTI file the header alone is read."""
+        file = record.files.get("image", "")
+        return nifti_grid(file) if file.endswith(NIFTI) else self.read_channels(record)[0]
+
+    def read_mask_file(self, record: Record, axes: Sequence[str] | None = RAS) -> Volume:
+        """Read the file of a mask, at the place of its image's file where ``ignore_mask_affine`` says so.
+
+        Args:
+            record: of files of whole volumes.
+            axes: directions that the axes are turned to run to, by the affine that holds; None turns nothing.
+
+        Raises:
+            InvalidSampleError: naming the file and what is wrong with it; for another shape than that of the image
+                whose place it takes.
+        """
+        file = record.files["mask"]
+        mask = read_volume(file, None)
+        if self.ignore_mask_affine:
+            mask = _placed(mask, _file_grid(record.files["image"]), file)
+        return mask if axes is None else mask.reoriented(axes)
+
+    def unlabelled(self, root: Path) -> Index:
+        """List the images without a mask, which nothing but a prediction can be made of; none where there are none."""
+        return Index([])
 
     def backgrounds(self, root: Path) -> list[Record]:
         """List the healthy images that a lesion can be put into; none where the layout marks none."""
@@ -100,7 +127,7 @@ class VolumeDataset(NativeDataset):
 
     def write_prediction(self, directory: Path, record: Record, mask: NDArray[np.uint8]) -> Path:
         """Store a predicted mask (H, W, D) on the grid of its image, as the image's own file has it."""
-        return self.write_mask(directory, record.id, mask, self.read_image(record).affine)
+        return self.write_mask(directory, record.id, mask, self.read_grid(record).affine)
 
     def read_arrays(self, record: Record) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
         """Read image (H, W, D), or (C, H, W, D) of several channels, in the unit of ``window``, and mask (H, W, D)."""
@@ -145,6 +172,32 @@ def group_index(spec: AttributeSpec, name: object) -> int:
     return spec.groups.index(str(name)) if name in spec.groups else UNKNOWN
 
 
+def has_mask(record: Record) -> bool:
+    """Whether a mask, or slices of one, is among a record's files."""
+    return any(role.split("/")[0] == "mask" for role in record.files)
+
+
+def on_grid(image: Volume, mask: Volume, where: str | Path) -> Volume:
+    """The mask with the very affine of its image, from which its own may differ by a rounding of the file.
+
+    Raises:
+        InvalidSampleError: for a mask on another grid.
+    """
+    check_same_grid(image, mask, where)
+    return replace(mask, affine=image.affine)
+
+
+def check_id(name: str, where: str | Path) -> str:
+    """Check that an id can be the name of a file.
+
+    Raises:
+        InvalidSampleError: for one that leads into another folder, or to a hidden file.
+    """
+    if not name or name.startswith(".") or any(sign in name for sign in "/\\\0"):
+        raise InvalidSampleError(where, f"the id {name!r}", "the name of a file, without a slash or a leading dot")
+    return name
+
+
 def depth_first(volume: Volume) -> Volume:
     """The volume with its last axis first, at the same place in the patient."""
     return _permuted(volume, (2, 0, 1))
@@ -153,6 +206,18 @@ def depth_first(volume: Volume) -> Volume:
 def depth_last(volume: Volume) -> Volume:
     """The volume with its first axis last, at the same place in the patient."""
     return _permuted(volume, (1, 2, 0))
+
+
+def _file_grid(path: str) -> Volume:
+    """The grid of an image's file, its axes as they are stored."""
+    return nifti_grid(path, None) if path.endswith(NIFTI) else read_volume(path, None)
+
+
+def _placed(mask: Volume, grid: Volume, where: str) -> Volume:
+    if mask.shape != grid.shape:
+        raise InvalidSampleError(where, f"mask of {mask.shape} voxels for an image of {grid.shape}", "one shape")
+    native = None if mask.native is None else replace(mask.native, axes=grid.axes)
+    return replace(mask, affine=grid.affine, native=native)
 
 
 def _permuted(volume: Volume, order: tuple[int, int, int]) -> Volume:

@@ -12,21 +12,24 @@ class _FullPrecisionDiceCE(DiceCELoss):  # type: ignore[misc]  # MONAI is not fo
         return loss
 
 
-def dice_ce_loss(ce_weight: float = 0.5, dice_weight: float = 0.5) -> nn.Module:
+def dice_ce_loss(ce_weight: float = 0.5, dice_weight: float = 0.5, dice_background: bool = True) -> nn.Module:
     """Weighted sum of cross-entropy and soft Dice, as TransUNet, FairSeg and dMoE train with.
 
     Cross-entropy is the mean over all pixels. Dice takes the softmax, sums each class over the whole batch and has
-    squares in its denominator: ``1 - (2 sum(p t) + 1e-5) / (sum(p^2) + sum(t^2) + 1e-5)``, mean over all classes, the
-    background included. Sums are in float32 under mixed precision, where bfloat16 would lose small structures.
+    squares in its denominator: ``1 - (2 sum(p t) + 1e-5) / (sum(p^2) + sum(t^2) + 1e-5)``, mean over the
+    classes. Sums are in float32 under mixed precision, where bfloat16 would lose small structures.
 
     Args:
         ce_weight: factor of the cross-entropy; 0.2 for SAMed.
         dice_weight: factor of the Dice loss; 0.8 for SAMed.
+        dice_background: count the background as a class of the Dice loss, as the papers' code for pictures does; False
+            for what dMoE trains with on volumes. The cross-entropy sees it in any case.
 
     Returns:
         MONAI's ``DiceCELoss``, called with logits (B, K, ...) and mask (B, 1, ...) of class indices, giving a scalar.
     """
     return _FullPrecisionDiceCE(
+        include_background=dice_background,
         to_onehot_y=True,
         softmax=True,
         squared_pred=True,

@@ -147,18 +147,18 @@ class DMoESegmenter(Segmenter):
         segmentation, balance = self.objective(logits, batch), torch.stack([*map(load_balance_loss, pools)]).mean()
         return {"loss": segmentation + weight * balance, "segmentation": segmentation, "balance": balance}
 
-    def infer(self, batch: Sample, stage: str) -> Tensor:
-        """Logits of a batch; validation on whole images also counts which experts are used."""
-        if stage != "val" or self.hparams["inference"] == "sliding":
-            return super().infer(batch, stage)
-        logits, gates = self._with_gates(batch)
-        self.expert_usage.update(gates, self._routed(batch["image"], self.group(batch)))
-        return logits
-
     def on_validation_epoch_end(self) -> None:
         """Log the scores, and start counting the experts anew (callbacks have read them before)."""
         super().on_validation_epoch_end()
         self.expert_usage.reset()
+
+    def _infer_upright(self, batch: Sample, stage: str) -> Tensor:
+        """Logits of a batch that is not mirrored; validation on whole images also counts which experts are used."""
+        if stage != "val" or self.hparams["inference"] == "sliding":
+            return super()._infer_upright(batch, stage)
+        logits, gates = self._with_gates(batch)
+        self.expert_usage.update(gates, self._routed(batch["image"], self.group(batch)))
+        return logits
 
     def _with_gates(self, batch: Sample) -> tuple[Tensor, Tensor]:
         routed = self._routed(batch["image"], self.group(batch))

@@ -20,6 +20,7 @@ from fairdiff_lightning.metrics.functional import EmptyPolicy, dice_score, equit
 from fairdiff_lightning.metrics.surface import SurfaceEmptyPolicy, surface_scores
 from fairdiff_lightning.modules.data_facts import check_data, chosen_attribute
 from fairdiff_lightning.modules.optimization import configure
+from fairdiff_lightning.modules.sliding import slide
 from fairdiff_lightning.networks.build import NetworkName, build_network
 from fairdiff_lightning.networks.checkpoint import LoadReport, Source, check_state_dict, describe, read_state_dict
 
@@ -45,12 +46,14 @@ class Segmenter(LightningModule):
         loss: ``dice_ce``, ``febs`` (FairSeg's fair error-bound scaling of the Dice term) or ``focal``.
         ce_weight: weight of the cross-entropy.
         dice_weight: weight of the Dice term.
+        dice_background: whether the Dice term of ``dice_ce`` counts the background as a class.
         gamma: exponent of the FEBS weights.
         empty: Dice and IoU of a class that the truth lacks, see
             :func:`~fairdiff_lightning.metrics.functional.dice_score`; ``reference`` is the papers' code.
         inference: ``whole`` images, or ``sliding`` windows of ``roi_size`` blended by a Gaussian.
         roi_size: side, or height and width (and depth), of a window.
         overlap: share of a window that the next one covers again.
+        window_batch_size: windows that are segmented at a time, of one image or several; the result is the same.
         mirror: axes of the image, 0 for H, along which it is also mirrored when not training; the logits are averaged.
         surface_metrics: also measure the Hausdorff distance (95 %), the average symmetric surface distance and the
             surface Dice in tests: in mm where the data tell a spacing, else in pixels.
@@ -86,11 +89,13 @@ class Segmenter(LightningModule):
         loss: Literal["dice_ce", "febs", "focal"] = "dice_ce",
         ce_weight: float = 0.5,
         dice_weight: float = 0.5,
+        dice_background: bool = True,
         gamma: float = 1.0,
         empty: EmptyPolicy = "skip",
         inference: Literal["whole", "sliding"] = "whole",
         roi_size: int | tuple[int, int] | tuple[int, int, int] = 224,
         overlap: float = 0.5,
+        window_batch_size: int = 4,
         mirror: tuple[int, ...] = (),
         surface_metrics: bool = False,
         tolerance: float = 5.0,
@@ -188,28 +193,26 @@ class Segmenter(LightningModule):
 
     def infer(self, batch: Sample, stage: str) -> Tensor:
         """Logits of a batch by the chosen inference, averaged over the mirrored images that are asked for."""
-        image, group = batch["image"], self.group(batch)
         axes = [axis + 2 for axis in self.hparams["mirror"]]
-        chosen = [list(some) for count in range(len(axes) + 1) for some in combinations(axes, count)]
-        logits = [self._infer(image.flip(some), group).flip(some) for some in chosen]
-        return logits[0] if len(logits) == 1 else torch.stack(logits).mean(0)
+        mirrored = [list(some) for count in range(1, len(axes) + 1) for some in combinations(axes, count)]
+        logits = self._infer_upright(batch, stage)
+        if not mirrored:
+            return logits
+        total = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        for some in mirrored:
+            total = total + self._infer(batch["image"].flip(some), self.group(batch)).flip(some)
+        return total / (len(mirrored) + 1)
+
+    def _infer_upright(self, batch: Sample, stage: str) -> Tensor:
+        """Logits of a batch that is not mirrored."""
+        return self._infer(batch["image"], self.group(batch))
 
     def _infer(self, image: Tensor, group: Tensor | None) -> Tensor:
         """Logits of images; every window knows the group of its image."""
-        if self.hparams["inference"] == "whole":
+        h = self.hparams
+        if h["inference"] == "whole":
             return self.forward(image, group)
-        from monai.inferers import sliding_window_inference
-
-        carried = image if group is None else torch.cat([image, _group_channel(group, image)], 1)
-        logits: Tensor = sliding_window_inference(
-            carried,
-            self.hparams["roi_size"],
-            len(image),
-            self._segment_window,
-            self.hparams["overlap"],
-            mode="gaussian",
-        )
-        return logits
+        return slide(self.forward, image, group, h["roi_size"], h["overlap"], h["window_batch_size"])
 
     def on_validation_epoch_end(self) -> None:
         """Log the scores of the epoch."""
@@ -244,11 +247,6 @@ class Segmenter(LightningModule):
         if load is None:
             raise TypeError(f"the authors published no weights for network {self.hparams['network']!r}.")
         return cast(LoadReport, load(source))
-
-    def _segment_window(self, window: Tensor) -> Tensor:
-        if not self.attribute:
-            return self.forward(window)
-        return self.forward(window[:, :-1], _read_group_channel(window[:, -1]))
 
     def _decide(self, logits: Tensor, batch: Sample) -> Tensor | list[Tensor]:
         if "native_affine" in batch:
@@ -321,18 +319,15 @@ class Segmenter(LightningModule):
         if h["loss"] == "febs":
             num_groups, weights = self.num_groups[str(self.attribute)], (h["ce_weight"], h["dice_weight"])
             return FEBSLoss(num_groups, h["gamma"], *weights, reference_behaviour=h["reference_behaviour"])
-        return FocalLoss() if h["loss"] == "focal" else dice_ce_loss(h["ce_weight"], h["dice_weight"])
+        if h["loss"] == "focal":
+            return FocalLoss()
+        return dice_ce_loss(h["ce_weight"], h["dice_weight"], h["dice_background"])
 
     def _make_tables(self, metrics: Sequence[str]) -> nn.ModuleDict:
         groups, classes = self.num_groups or {EVERYONE: 1}, self.hparams["num_classes"]
         return nn.ModuleDict(
             {name: nn.ModuleDict({a: GroupedScores(classes, n) for a, n in groups.items()}) for name in metrics}
         )
-
-
-def _group_channel(group: Tensor, image: Tensor) -> Tensor:
-    """The group as a constant channel; padding adds zeros, so indices are stored plus two."""
-    return (group + 2).to(image.dtype).view(-1, *[1] * (image.dim() - 1)).expand(-1, 1, *image.shape[2:])
 
 
 def _spacings(batch: Sample) -> list[Sequence[float] | None]:
@@ -342,7 +337,3 @@ def _spacings(batch: Sample) -> list[Sequence[float] | None]:
         return [None] * len(batch["id"])
     spacings: list[Sequence[float] | None] = list(affine[:, :3, :3].norm(dim=1).round(decimals=4).tolist())
     return spacings
-
-
-def _read_group_channel(channel: Tensor) -> Tensor:
-    return channel.flatten(1).amax(1).round().to(torch.int64) - 2

@@ -38,7 +38,9 @@ class ResUNet3D(nn.Module):
         dropout: of the experts; the convolutions have none.
         chunk_tokens: voxels of a batch that go through a mixture at once. A stage with more is mixed chunk by chunk,
             and each chunk is computed again in the backward pass, which bounds its memory. None never does. The
-            result is the same; only the draws of noise and dropout, one chunk after another, fall differently.
+            default makes eight chunks of the first stage of 128 x 128 x 128 voxels; ``benchmarks/volume_mixture.py``
+            measures others. The result is the same; only the draws of noise and dropout, one chunk after another,
+            fall differently.
         gradient_checkpointing: compute the encoder and decoder blocks again in the backward pass, to save memory.
 
     Shapes:
@@ -61,7 +63,7 @@ class ResUNet3D(nn.Module):
         unknown_group: UnknownGroup = "error",
         moe_sharing: Literal["per_block"] = "per_block",
         dropout: float = 0.1,
-        chunk_tokens: int | None = 2**18,
+        chunk_tokens: int | None = 2**15,
         gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()

@@ -8,7 +8,14 @@ import torch
 from torch.utils.data import DataLoader
 
 from fairdiff_lightning.data import HAM10000, PictureFrame, SegmentationDataset, collate
-from fairdiff_lightning.data.cache import ArrayCache, DiskAllocator, NoCache, allocate_in_memory, fingerprint
+from fairdiff_lightning.data.cache import (
+    ArrayCache,
+    DiskAllocator,
+    FileCache,
+    NoCache,
+    allocate_in_memory,
+    fingerprint,
+)
 
 LAYOUT = {"images": ((1, 2, 2), np.uint8), "masks": ((2, 2), np.uint8)}
 
@@ -114,6 +121,33 @@ def test_a_full_disk_costs_the_cache_not_the_run(records, monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert len(list(data)) == 5
+
+
+def test_a_disk_that_fills_up_costs_the_cache_of_volumes_not_the_run(tmp_path, monkeypatch):
+    save, decoded = np.save, []
+
+    def full(file, array, **options):
+        if file.parent.parent.name.startswith(".0"):
+            return save(file, array, **options)
+        file.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def decode(index):
+        decoded.append(index)
+        return np.full((2, 3, 4), index), np.eye(4)
+
+    monkeypatch.setattr(np, "save", full)
+    cache = FileCache([tmp_path / "volumes" / f"{k}" for k in range(3)])
+    with pytest.warns(UserWarning, match="No space left on device.*FAIRDIFF_CACHE") as caught:
+        found = [cache.get(index, decode) for index in (0, 1, 2, 0, 1, 2)]
+    assert len(caught) == 1
+    for index, (volume, affine) in zip((0, 1, 2, 0, 1, 2), found, strict=True):
+        assert (volume == index).all()
+        assert np.array_equal(affine, np.eye(4))
+    assert decoded == [0, 1, 2, 1, 2], "what was stored before is still read"
+    assert [path.name for path in (tmp_path / "volumes").iterdir()] == ["0"], "nothing half-written is left"
+    with pytest.raises(FileNotFoundError, match="gone"):  # a file that is not there is no full disk
+        FileCache([tmp_path / "volumes" / "3"]).get(0, lambda _: np.load("gone.npy"))
 
 
 def test_a_pickled_memory_cache_starts_anew():

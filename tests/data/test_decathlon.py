@@ -153,6 +153,7 @@ def test_groups_come_from_a_table(tmp_path):
     assert index.left_out["rows of attributes.csv without a case"] == 1
     for rows, message in (
         ("a_1,T5,", r"attributes.csv\[stage\], row 2: 'T5'"),
+        ("../../escaped,,", r"attributes.csv\[id\], row 2: the id '../../escaped'. Expected the name of a file"),
         ("a_1,,\na_1,,", r"\[id\]: 'a_1' twice"),
     ):
         (tmp_path / "attributes.csv").write_text(f"id,stage,site\n{rows}\n")
@@ -173,6 +174,31 @@ def test_predictions_are_written_voxel_for_voxel_as_the_images_file(tmp_path):
         np.testing.assert_allclose(stored.affine, AFFINE)
     alone = nib.load(data.write_mask(tmp_path / "out", "b", labels(), AFFINE))
     assert np.array_equal(np.asarray(alone.dataobj), labels())
+
+
+def test_a_mask_lies_voxel_for_voxel_as_its_image_where_its_affine_is_ignored(tmp_path):
+    root = task(tmp_path, ("T2", "ADC"))
+    store(root / "labelsTr" / "a_1.nii.gz", labels(), np.eye(4))
+    data = Decathlon(root, ignore_mask_affine=True)
+    record = data.index(root).records[0]
+    for found in (data.read_aligned(record)[1], data.read_labels(record)):
+        assert np.array_equal(found.array, labels()[::-1])
+        np.testing.assert_allclose(found.affine, data.read_channels(record)[0].affine)
+    with pytest.raises(InvalidSampleError, match="image and mask lie up to"):
+        Decathlon(root).read_aligned(record)
+    store(root / "labelsTr" / "a_1.nii.gz", labels()[1:], np.eye(4))
+    with pytest.raises(InvalidSampleError, match=r"mask of \(7, 9, 5\) voxels for an image of \(8, 9, 5\)"):
+        data.read_labels(record)
+
+
+def test_a_case_is_added_without_a_look_at_the_others(tmp_path, monkeypatch):
+    data = Decathlon(task(tmp_path / "real"))
+    data.write(tmp_path / "made", made(data, 0))
+    monkeypatch.setattr("fairdiff_lightning.data.decathlon_task.visible_files", None)
+    for seed in (1, 2, 2):
+        data.write(tmp_path / "made", made(data, seed))
+    assert [r.id for r in data.index(tmp_path / "made").records] == ["made_0", "made_1", "made_2"]
+    assert json.loads((tmp_path / "made" / "dataset.json").read_text())["numTraining"] == 3
 
 
 def test_absent_files_are_counted_and_nothing_left_is_an_error(tmp_path):
@@ -198,6 +224,7 @@ def test_absent_files_are_counted_and_nothing_left_is_an_error(tmp_path):
         ({"labels": {"0": "background", "2": "tumour"}}, r"dataset.json\[labels\]: .*without a gap"),
         ({"labels": {"background": 0, "tumour": 1}}, r"dataset.json\[labels\]: .*names by number"),
         ({"modality": ["CT"]}, r"dataset.json\[modality\]: \['CT'\]"),
+        ({"test": [{"label": "x"}]}, r"\[test\]\[0\]: None. Expected the path of an image"),
         ({"training": ["./imagesTr/a_1.nii.gz"]}, r"\[training\]\[0\]: './imagesTr/a_1.nii.gz'. Expected an image and"),
     ],
 )
@@ -336,5 +363,5 @@ def test_a_task_keeps_its_order(tmp_path):
         ("CT",),
         ("background", "organ", "tumour"),
         tuple((f"./imagesTr/{c}.nii.gz", f"./labelsTr/{c}.nii.gz") for c in ("b_2", "a_1")),
-        1,
+        ("./imagesTs/c_3.nii.gz",),
     )

@@ -50,7 +50,7 @@ def row(name, *rest, mask=None):
 
 
 def test_the_table_says_groups_patients_and_splits(tmp_path):
-    data = Prostate()
+    data = Prostate(targets=(1, 2))
     root = tree(
         tmp_path, row("a", "T3", "B", "p1", "train"), row("b", "", "A", "p2", "test"), row("c", "T1", "", "", "")
     )
@@ -72,14 +72,17 @@ def test_the_table_says_groups_patients_and_splits(tmp_path):
 
 
 def test_attributes_have_any_number_of_groups_and_classes_stay_apart_where_asked(tmp_path):
-    data = Prostate({"psa": ("<10", "10-20", ">20"), "site": ("x", "y", "z", "u", "v")}, ("none", "CTV", "GTV"), False)
+    data = Prostate({"psa": ("<10", "10-20", ">20"), "site": ("x", "y", "z", "u", "v")}, ("none", "CTV", "GTV"), None)
     root = tree(tmp_path, "a,ct/a.nii.gz,rt/a.nii.gz,>20,v", header="id,image,mask,psa,site")
     (record,) = data.index(root).records
     assert record.attributes == {"psa": 2, "site": 4}
     assert [len(spec) for spec in data.attributes.values()] == [3, 5]
     assert np.unique(data.read_mask(record)).tolist() == [0, 1, 2]
-    with pytest.raises(ValueError, match=r"binary=True with the classes \['a', 'b', 'c'\]; expected are two"):
+    with pytest.raises(ValueError, match=r"targets=\(1,\) with the classes \['a', 'b', 'c'\]; expected are two"):
         Prostate(classes=("a", "b", "c"))
+    for targets in ((), (0, 1), (256,)):
+        with pytest.raises(ValueError, match="expected are values of a mask from 1 to 255"):
+            Prostate(targets=targets)
 
 
 @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -109,7 +112,7 @@ def test_a_written_sample_reads_back(tmp_path, seed, synthetic, stage):
 
 
 def test_predictions_are_written_voxel_for_voxel_as_the_images_file(tmp_path):
-    data = Prostate()
+    data = Prostate(targets=(1, 2))
     (record,) = data.index(tree(tmp_path, row("a", "T1", "A", "", ""))).records
     path = data.write_prediction(tmp_path / "out", record, data.read_mask(record))
     stored = nib.load(path)
@@ -119,8 +122,63 @@ def test_predictions_are_written_voxel_for_voxel_as_the_images_file(tmp_path):
     np.testing.assert_allclose(stored.affine, AFFINE)
     with pytest.raises(ValueError, match="an array of"):
         data.write_prediction(tmp_path / "out", record, np.zeros((2, 2, 2), np.uint8))
-    alone = nib.load(data.write_mask(tmp_path / "out", "b", target(), AFFINE))
+    apart = Prostate(classes=("none", "CTV", "GTV"), targets=None)
+    alone = nib.load(apart.write_mask(tmp_path / "out", "b", target(), AFFINE))
     assert np.array_equal(np.asarray(alone.dataobj), target())
+
+
+def test_predictions_take_the_place_from_the_images_header_and_nothing_else(tmp_path):
+    root = tree(tmp_path, row("a", "T1", "A", "", ""))
+    scanned = nib.load(root / "ct" / "a.nii.gz")
+    turned = AFFINE.copy()
+    turned[:3, :3] = turned[:3, :3] @ np.diag([-1, 1, 1])  # another place than that of the sform
+    header = scanned.header
+    header.set_qform(turned, 1)
+    header.set_sform(AFFINE, 4)
+    header.set_xyzt_units("mm", "sec")
+    header["cal_min"], header["cal_max"], header["descrip"] = -1000, 400, b"CT of J. Doe"
+    header["aux_file"], header["db_name"] = b"doe.txt", b"doe"
+    header.set_intent("estimate", (), "a scan")
+    header.extensions.append(nib.nifti1.Nifti1Extension("comment", b'{"fairdiff_lightning": {"id": "J. Doe"}}'))
+    nib.save(nib.Nifti1Image(scan(), None, header), root / "ct" / "a.nii.gz")
+    data = Prostate(targets=(1, 2))
+    (record,) = data.index(root).records
+    path = data.write_prediction(tmp_path / "out", record, data.read_mask(record))
+    made = nib.load(path).header
+    assert (int(made["qform_code"]), int(made["sform_code"]), made.get_xyzt_units()[0]) == (1, 4, "mm")
+    np.testing.assert_allclose(made.get_sform(), AFFINE, atol=1e-5)
+    np.testing.assert_allclose(made.get_qform(), turned, atol=1e-5)
+    assert (float(made["cal_min"]), float(made["cal_max"]), made.get_intent()[0]) == (0, 0, "none")
+    assert [bytes(made[name].tobytes()).strip(b"\0") for name in ("descrip", "aux_file", "db_name")] == [b""] * 3
+    assert len(made.extensions) == 0
+    import gzip
+
+    assert b"oe" not in gzip.decompress(path.read_bytes())
+
+
+@pytest.mark.parametrize("targets", [(1,), (255,), (2, 7)])
+def test_only_the_values_that_are_named_are_the_target(tmp_path, targets):
+    data, root = Prostate(targets=targets), tree(tmp_path, row("a", "T1", "A", "", ""))
+    (record,) = data.index(root).records
+    values = np.zeros(SIZE, np.uint8)
+    values[2, 3, 1], values[5, 4, 2] = targets[0], targets[-1]
+    store(root / "rt" / "a.nii.gz", values)
+    found = data.read_mask(record)
+    assert np.array_equal(found, (values > 0)[::-1, ::-1])
+    data.write_volumes(tmp_path / "made", "m", data.read_image(record), Volume(found, data.read_image(record).affine))
+    assert set(np.unique(nib.load(tmp_path / "made" / "masks" / "m.nii.gz").dataobj)) == {0, targets[0]}
+    assert np.array_equal(data.read_mask(data.index(tmp_path / "made").records[0]), found)
+    values[0, 0, 0] = 9
+    store(root / "rt" / "a.nii.gz", values)
+    with pytest.raises(InvalidSampleError, match=r"rt/a.nii.gz: mask values \[9\]. Expected 0 and the targets"):
+        data.read_mask(record)
+
+
+@pytest.mark.parametrize("name", ["../up", "a/b", "..", ".hidden", "a\\b", ""])
+def test_ids_that_lead_elsewhere_are_not_written(tmp_path, name):
+    with pytest.raises(InvalidSampleError, match="Expected the name of a file, without a slash or a leading dot"):
+        Prostate().write_mask(tmp_path / "out" / "in", name, target() > 0)
+    assert not list(tmp_path.rglob("*.nii.gz"))
 
 
 def test_rows_without_files_are_errors_of_their_own_and_rows_without_a_mask_are_left_out(tmp_path):
@@ -128,7 +186,7 @@ def test_rows_without_files_are_errors_of_their_own_and_rows_without_a_mask_are_
     rows.append(row("c", "T1", "A", "", "", mask="rt/none.nii.gz"))
     index = Prostate().index(tree(tmp_path, *rows))
     assert [r.id for r in index.records] == ["a"]
-    assert index.left_out == {"rows of cases.csv without a mask": 1}
+    assert index.left_out == {"images without a mask, which are for prediction alone": 1}
     image, mask = map(str, index.errors)
     assert "cases.csv, row 3, image: no file" in image
     assert "ct/x.nii.gz" in image
@@ -144,6 +202,11 @@ def test_rows_without_files_are_errors_of_their_own_and_rows_without_a_mask_are_
         ),
         ([row("a", "T1", "C", "", "")], r"\[centre\], row 2: 'C'. Expected one of A, B"),
         ([row("a", "T1", "A", "", "val")], r"\[split\], row 2: 'val'. Expected one of train, test"),
+        (["../../escaped" + row("a", "T1", "A", "", "")[1:]], r"cases.csv\[id\], row 2: the id '../../escaped'"),
+        (
+            [row("a", "T1", "A", "", ""), "b/c" + row("b", "T1", "A", "", "")[1:]],
+            r"cases.csv\[id\], row 3: the id 'b/c'",
+        ),
         ([row("a", "T1", "A", "", "")] * 2, r"\[id\]: 'a' twice"),
         (["a,,rt/a.nii.gz,T1,A,,"], r"\[image\], row 2: nothing"),
     ],
@@ -166,27 +229,32 @@ def test_wrong_trees_and_columns_are_named(tmp_path):
             store(tmp_path / "pairs" / folder / f"{name}.nii.gz", scan())
     index = Prostate().index(tmp_path / "pairs")
     assert [r.id for r in index.records] == ["b"]
-    assert ["a.nii.gz: no masks" in str(e) or "c.nii.gz: no images" in str(e) for e in index.errors] == [True, True]
+    assert ["c.nii.gz: no images" in str(e) for e in index.errors] == [True]
+    assert index.left_out == {"images without a mask, which are for prediction alone": 1}
+    assert [r.files for r in Prostate().unlabelled(tmp_path / "pairs").records] == [
+        {"image": str(tmp_path / "pairs" / "images" / "a.nii.gz")}
+    ]
 
 
 def test_volumes_that_do_not_fit_are_named(tmp_path):
-    data, root = Prostate(), tree(tmp_path, row("a", "T1", "A", "", ""))
+    data, root = Prostate(targets=(1, 2)), tree(tmp_path, row("a", "T1", "A", "", ""))
     (record,) = data.index(root).records
     moved = AFFINE.copy()
     moved[0, 3] += 5
     store(root / "rt/a.nii.gz", target(), moved)
     with pytest.raises(InvalidSampleError, match=r"rt/a.nii.gz: image and mask lie up to 5 mm off"):
         data.read_arrays(record)
-    assert Prostate(ignore_mask_affine=True).read_arrays(record)[1].sum() == (target() > 0).sum()
+    there = Prostate(targets=(1, 2), ignore_mask_affine=True).read_arrays(record)[1]
+    assert np.array_equal(there, (target() > 0)[::-1, ::-1])
     store(root / "rt/a.nii.gz", target().astype(np.int16) - 1)
-    with pytest.raises(InvalidSampleError, match=r"mask values \[-1, 0, 1\]. Expected 0 and whole numbers"):
+    with pytest.raises(InvalidSampleError, match=r"mask values \[-1\]. Expected 0 and the targets 1, 2"):
         data.read_mask(record)
     store(root / "rt/a.nii.gz", target() / np.float32(4))
-    with pytest.raises(InvalidSampleError, match=r"mask values \[0.0, 0.25, 0.5\]"):
+    with pytest.raises(InvalidSampleError, match=r"mask values \[0.25, 0.5\]"):
         data.read_mask(record)
     store(root / "rt/a.nii.gz", target())
     with pytest.raises(InvalidSampleError, match=r"mask values \[0, 1, 2\]. Expected classes 0 to 1"):
-        Prostate(binary=False).read_mask(record)
+        Prostate(targets=None).read_mask(record)
     store(root / "ct/a.nii.gz", np.zeros((*SIZE, 2), np.int16))
     with pytest.raises(InvalidSampleError, match=r"ct/a.nii.gz: 4-D data"):
         data.read_arrays(record)

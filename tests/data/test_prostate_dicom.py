@@ -1,12 +1,17 @@
 import nibabel as nib
 import numpy as np
 import pandas as pd
+import pydicom
 import pytest
+import torch
+from lightning.pytorch import Trainer
 from test_rtstruct import write_scan
 
-from fairdiff_lightning.data import Prostate, read_volume
+from fairdiff_lightning.callbacks import PredictionWriter
+from fairdiff_lightning.data import Prostate, ProstateDataModule, read_volume
 from fairdiff_lightning.data.dicom_seg import read_segmentation
 from fairdiff_lightning.data.rtstruct import read_structures, structure_names, write_structures
+from fairdiff_lightning.modules import Segmenter
 
 
 @pytest.mark.parametrize("kind", ["rtstruct", "nifti"])
@@ -33,3 +38,57 @@ def test_predictions_for_dicom_series_are_dicom(tmp_path, kind):
         assert np.array_equal(read_structures(made, image, ["target"]).array, mask)
     else:
         assert np.array_equal(read_segmentation(made, image).array, mask)
+
+
+def plan(root, *names):
+    """A table of a DICOM series with an RTSTRUCT each; the target shines."""
+    rows = []
+    root.mkdir()
+    for name in names:
+        folder = root / name
+        write_scan(folder)
+        image = read_volume(folder)
+        mask = np.zeros(image.shape, np.uint8)
+        mask[4:9, 3:8, 1:4] = 1
+        write_structures(root / f"{name}.dcm", image.with_array(mask), image, {1: "CTV"})
+        placed = image.with_array(mask).reoriented(image.native.axes)
+        for k, header in enumerate(image.native.slices):
+            path = next(p for p in folder.iterdir() if pydicom.dcmread(p).SOPInstanceUID == header.SOPInstanceUID)
+            stored = pydicom.dcmread(path)
+            stored.PixelData = (placed.array[..., k] * np.int16(400) - 200).astype(np.int16).tobytes()
+            stored.save_as(path)
+        rows.append({"id": name, "image": name, "mask": f"{name}.dcm", "t_stage": "T2", "centre": "A", "split": "test"})
+    pd.DataFrame(rows).to_csv(root / "cases.csv", index=False)
+    return str(root)
+
+
+def test_dicom_plans_are_predicted_as_structures_through_the_module(tmp_path, monkeypatch):
+    monkeypatch.setenv("FAIRDIFF_CACHE", str(tmp_path / "cache"))
+    root = plan(tmp_path / "in", "p1", "p2")
+    sizes = {"image_size": (16, 16, 8), "patch_size": None, "spacing": None, "crop_foreground": False}
+    data = ProstateDataModule(root, fractions=(0.0, 0.0, 1.0), batch_size=2, **sizes)
+    network = {"channels": (4, 8), "strides": (2,)}
+    model = Segmenter("unet", network, num_classes=2, in_channels=1, image_size=(16, 16, 8))
+    monkeypatch.setattr(model, "infer", lambda batch, stage: _bright(batch["image"]))
+    reads = []
+    real = Prostate.read_image
+    monkeypatch.setattr(Prostate, "read_image", lambda self, record: reads.append(record.id) or real(self, record))
+    writer = PredictionWriter(str(tmp_path / "out"))
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    Trainer(callbacks=[writer], **quiet).predict(model, data, return_predictions=False)
+    made = sorted((tmp_path / "out" / "masks").iterdir())
+    assert [file.name for file in made] == ["p1.dcm", "p2.dcm"]
+    for file in made:
+        image = read_volume(tmp_path / "in" / file.stem)
+        truth = image.array > 0
+        found = read_structures(file, image, ["target"]).array
+        assert truth.sum() == 5 * 5 * 3
+        assert np.array_equal(found, truth)
+        header = pydicom.dcmread(file)
+        assert header.FrameOfReferenceUID == image.native.slices[0].FrameOfReferenceUID
+    assert max(reads.count(name) for name in ("p1", "p2")) == 2, "read to be segmented, and to be written for"
+
+
+def _bright(image):
+    inside = (image - 0.5) * 20
+    return torch.cat([-inside, inside], 1)

@@ -10,10 +10,13 @@ from fairdiff_lightning.data import (
     GenerationPlan,
     InvalidSampleError,
     LIDCDataModule,
+    Prostate,
+    ProstateDataModule,
     RandomMirror,
     Volume,
     validate,
 )
+from fairdiff_lightning.data.classical_augmentation import ClassicalAugmentation
 from fairdiff_lightning.data.patches import PatchSampler
 from fairdiff_lightning.data.phantoms_3d import chest
 from fairdiff_lightning.data.resample import move, restore_volumes, to_spacing
@@ -51,6 +54,22 @@ def test_every_loader_yields_the_contract(module_class, arguments, shape):
         assert batch["image"].shape[1:] == (1, *shape)
         assert batch["affine"].shape[1:] == (4, 4)
         assert torch.allclose(batch["spacing"].double(), batch["affine"][:, :3, :3].norm(dim=1))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "same"),
+    [
+        ({"mirror": False}, True),
+        ({"mirror": True}, False),
+        ({"augmentation": ClassicalAugmentation("gamma")}, False),
+        ({"augmentation": "mirror"}, False),
+    ],
+)
+def test_mirroring_may_be_left_out_and_augmentations_given(arguments, same):
+    data = LIDCDataModule(**arguments)
+    batch = {"image": torch.rand(8, 1, 4, 4, 2), "mask": torch.zeros(8, 1, 4, 4, 2, dtype=torch.int64)}
+    changed = data.augment(dict(batch), torch.Generator().manual_seed(0))
+    assert torch.equal(changed["image"], batch["image"]) == same
 
 
 def test_padding_is_air_and_keeps_the_place_in_the_patient():
@@ -93,6 +112,79 @@ def test_volumes_smaller_than_the_block_are_padded():
     data = ready(image_size=None, patch_size=(96, 16, 40))
     assert data._data("train")[0]["image"].shape == (1, 96, 16, 40)
     assert data._data("val")[0]["image"].shape == (1, 96, 64, 40)
+
+
+def unequal(root):
+    """A folder of three prostates, the third of which is larger."""
+    for k, side in enumerate((10, 10, 12)):
+        shape = (side, 9, 6)
+        image = np.random.default_rng(k).integers(-200, 200, shape).astype(np.int16)
+        mask = np.zeros(shape, np.uint8)
+        mask[4:6, 4:6, 2:4] = 1
+        for folder, array in (("images", image), ("masks", mask)):
+            write_volume(root / folder / f"{k}.nii.gz", Volume(array, np.diag([2.0, 2, 3, 1])))
+    return str(root)
+
+
+def test_volumes_that_make_no_batch_are_refused_before_the_first(tmp_path):
+    root = unequal(tmp_path)
+    plain = {"root": root, "attributes": (), "fractions": (1.0, 0.0, 0.0), "image_size": None, "patch_size": None}
+    plain |= {"crop_foreground": False, "spacing": None}
+    for spacing in (None, (1.0, 1.0, 3.0)):
+        data = ready(ProstateDataModule, **(plain | {"spacing": spacing}))
+        with pytest.raises(ValueError, match=r"samples of \(.*needs one size. Give patch_size, .* or image_size"):
+            data.train_dataloader()
+    with pytest.raises(ValueError, match=r"crop_foreground=True gives each volume a size of its own.*Give patch_size"):
+        ready(ProstateDataModule, **(plain | {"crop_foreground": True})).train_dataloader()
+    # in voxels of 20 mm all have the same sides
+    for change in ({"batch_size": 1}, {"patch_size": (4, 4, 4)}, {"image_size": (8, 8, 4)}, {"spacing": (20.0, 2, 3)}):
+        batches = list(ready(ProstateDataModule, **(plain | change)).train_dataloader())
+        assert sum(len(batch["id"]) for batch in batches) == 3
+
+
+def test_masks_of_no_case_have_no_grid(tmp_path):
+    data = ready()
+    with pytest.raises(
+        ValueError, match=r"'nobody' is none of the \d+ cases of .* that can be predicted; expected is one of"
+    ):
+        data.write_mask(tmp_path, "nobody", torch.zeros(1, 64, 64, 32, dtype=torch.int64))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("spacing", (-1.0, 1.0, 3.0)),
+        ("spacing", (0.0, 1.0, 3.0)),
+        ("spacing", (float("nan"), 1.0, 1.0)),
+        ("patch_size", (0, 4, 4)),
+        ("patch_size", (4, 4)),
+        ("image_size", (-8, 8, 8)),
+        ("image_size", (8.5, 8, 8)),
+    ],
+)
+def test_sizes_that_cannot_be_are_named(name, value):
+    sizes = {"image_size": None, "patch_size": None, name: value}
+    with pytest.raises(ValueError, match=rf"{name}=\(.*\); expected are three .* above 0, or None"):
+        ProstateDataModule(**sizes)
+    with pytest.raises(ValueError, match="predict_on='train'; expected is 'new' or 'test'"):
+        ProstateDataModule(predict_on="train")
+
+
+@pytest.mark.parametrize("cache", ["memory", "disk"])
+def test_native_masks_are_decoded_once(tmp_path, monkeypatch, cache):
+    sizes = {"patch_size": None, "image_size": (8, 8, 4), "spacing": (4.0, 4.0, 3.0), "cache": cache}
+    fractions = (0.0, 1.0, 0.0)
+    data = ready(
+        ProstateDataModule, root=unequal(tmp_path), attributes=(), fractions=fractions, evaluate_at="native", **sizes
+    )
+    first = list(data.val_dataloader())
+    monkeypatch.setattr(Prostate, "read_labels", None)
+    again = list(data.val_dataloader())
+    for one, other in zip(first, again, strict=True):
+        assert one["id"] == other["id"]
+        for before, after in zip(one["native_mask"], other["native_mask"], strict=True):
+            assert torch.equal(before, after)
+            assert before.sum() == 2 * 2 * 2
 
 
 def test_share_of_blocks_around_the_foreground():
@@ -150,16 +242,28 @@ def test_blocks_go_back_to_their_place(block):
 
 
 def test_other_spacings_come_back_to_the_file_grid():
-    truth = np.zeros((24, 24, 12), np.uint8)
+    """Told by the place of a lopsided shape on an oblique grid: a voxel's shift would move it by 1 mm or more."""
+    truth = np.zeros((24, 22, 14), np.uint8)
     truth[6:18, 8:16, 3:9] = 1
-    volume = Volume(truth, np.diag([1.0, 1.0, 2.0, 1.0]))
-    coarse = to_spacing(volume, (1.5, 1.5, 2.0), "nearest")
-    assert coarse.shape[0] == pytest.approx(16, abs=1)
+    truth[6:9, 8:16, 9:12], truth[6:18, 16:18, 3:5] = 1, 1
+    angle = np.deg2rad(8)
+    turn = np.array([[np.cos(angle), -np.sin(angle), 0], [np.sin(angle), np.cos(angle), 0], [0, 0, 1]])
+    affine = np.eye(4)
+    affine[:3, :3], affine[:3, 3] = turn @ np.diag([1.0, 1.0, 2.0]), (-120.0, 85.0, 430.0)
+    volume = Volume(truth, affine)
+    coarse = to_spacing(volume, (1.5, 1.3, 2.0), "nearest")
+    assert coarse.shape == (16, 17, 14)
     assert coarse.array.dtype == np.uint8
     logits = torch.nn.functional.one_hot(torch.from_numpy(coarse.array).long(), 2).permute(3, 0, 1, 2)[None] * 8.0
     affines = (torch.from_numpy(v.affine)[None] for v in (coarse, volume))
     mask = restore_volumes(logits, *affines, torch.tensor([truth.shape]))[0, 0].numpy()
-    assert 2 * (mask & truth).sum() / (mask.sum() + truth.sum()) > 0.9
+
+    def centre(array, affine):
+        return affine[:3, :3] @ np.argwhere(array).mean(0) + affine[:3, 3]
+
+    np.testing.assert_allclose(centre(coarse.array, coarse.affine), centre(truth, affine), atol=0.5)  # mm
+    np.testing.assert_allclose(centre(mask, affine), centre(truth, affine), atol=0.5)
+    assert 2 * (mask & truth).sum() / (mask.sum() + truth.sum()) > 0.93
     assert to_spacing(volume, (1, 1, 2), "nearest") is volume
 
 

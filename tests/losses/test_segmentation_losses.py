@@ -47,6 +47,14 @@ def test_dice_of_each_class_equals_the_dmoe_reference(reference, dmoe_batch):
     assert dice(logits, mask).flatten().tolist() == pytest.approx(expected, abs=1e-6)
 
 
+def test_dice_without_background_is_that_of_the_other_classes(reference, dmoe_batch):
+    expected = reference("dmoe")["D1_ce_dice"]
+    dice = sum(expected["per_class_dice_loss"][1:]) / 2
+    assert dice_ce_loss(0, 1, dice_background=False)(*dmoe_batch).item() == pytest.approx(dice, abs=1e-6)
+    total = 0.5 * expected["ce"] + 0.5 * dice
+    assert dice_ce_loss(dice_background=False)(*dmoe_batch).item() == pytest.approx(total, abs=1e-6)
+
+
 def test_dice_ce_equals_the_fairdiff_reference_in_both_weightings(reference, fairdiff_batch):
     expected = reference("fairdiff")["ls01_seg_losses"]["expected"]
     weights = {"ce": (1, 0), "dice": (0, 1), "transunet_05_05": (0.5, 0.5), "samed_02_08": (0.2, 0.8)}

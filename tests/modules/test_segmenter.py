@@ -8,9 +8,9 @@ from torch.utils.data import DataLoader
 
 from fairdiff_lightning import DMoESegmenter, Segmenter
 from fairdiff_lightning.data import collate
+from fairdiff_lightning.losses import dice_ce_loss
 from fairdiff_lightning.metrics.functional import dice_score, equity_scaled, group_means
 from fairdiff_lightning.modules import PolynomialDecay
-from fairdiff_lightning.modules.segmenter import _group_channel, _read_group_channel
 from fairdiff_lightning.networks import CheckpointMismatchError
 
 SMALL = {"network": "tiny", "image_size": 32, "in_channels": 1, "num_classes": 3}
@@ -193,43 +193,6 @@ def test_unknown_groups_are_an_error_before_training(tmp_path):
     torch.testing.assert_close(prior, torch.tensor([1, 2, 4]) / 7)
 
 
-def test_sliding_windows_carry_the_group_of_their_image():
-    module = DMoESegmenter(
-        **SMALL | {"image_size": 16}, num_groups={"race": 3}, num_experts=3, inference="sliding", roi_size=16
-    ).eval()
-    for part in module.modules():
-        if isinstance(part, torch.nn.BatchNorm2d):
-            part.momentum = 1.0
-    module.train()(torch.rand(8, 1, 16, 16), torch.arange(8) % 3)  # statistics with which differences are not flattened
-    module.eval()
-    batch = collate([sample(i, 40) for i in range(3)])
-    with torch.no_grad():
-        together = module.infer(batch, "test")
-        alone = torch.cat([module.infer(collate([sample(i, 40)]), "test") for i in range(3)])
-        moved = {**batch, "attributes": {"race": batch["attributes"]["race"].roll(1)}}
-        other = module.infer(moved, "test")
-    assert together.shape == (3, 3, 40, 40)
-    torch.testing.assert_close(together, alone, atol=1e-4, rtol=1e-3)
-    assert (other - together).abs().amax((1, 2, 3)).min() > 0.05, "another group, another prediction"
-
-
-def test_one_window_as_large_as_the_image_is_the_whole_image():
-    arguments = SMALL | {"num_groups": {"race": 3}}
-    whole = Segmenter(**arguments).eval()
-    sliding = Segmenter(**arguments, inference="sliding", roi_size=32).eval()
-    sliding.load_state_dict(whole.state_dict())
-    batch = collate([sample(i) for i in range(2)])
-    with torch.no_grad():
-        torch.testing.assert_close(sliding.infer(batch, "test"), whole.infer(batch, "test"), atol=1e-5, rtol=1e-5)
-
-
-def test_groups_survive_as_a_padded_channel():
-    group = torch.tensor([-1, 0, 4])
-    channel = _group_channel(group, torch.zeros(3, 1, 5, 7))
-    padded = torch.nn.functional.pad(channel, (3, 3, 3, 3))
-    assert torch.equal(_read_group_channel(padded[:, 0]), group)
-
-
 def test_predictions_are_at_the_files_size():
     module = Segmenter(**SMALL).eval()
     batch = collate([sample(i) for i in range(2)])
@@ -240,6 +203,13 @@ def test_predictions_are_at_the_files_size():
     assert prediction["id"] == ["s0", "s1"]
     assert [tuple(m.shape) for m in prediction["mask"]] == [(1, 58, 60), (1, 40, 32)]
     assert not prediction["mask"][0][:, :4].any(), "outside the crop is background"
+
+
+def test_the_background_may_be_left_out_of_the_dice_term():
+    batch = collate([sample(i) for i in range(3)])
+    module = Segmenter(**SMALL, dice_background=False).eval()
+    expected = dice_ce_loss(0.5, 0.5, dice_background=False)(module(batch["image"]), batch["mask"])
+    assert float(module.losses(batch)["loss"]) == pytest.approx(float(expected))
 
 
 def test_balance_loss_has_a_weight_and_a_name():
