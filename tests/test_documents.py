@@ -53,9 +53,8 @@ def repository(tmp_path, monkeypatch):
     (tmp_path / "configs").symlink_to(REPOSITORY / "configs")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["fairdiff"])
-    data = [
-        f"{name}_ROOT" for name in ("FAIRSEG", "HAM10000", "DBT", "LIDC", "EMIDEC", "PROSTATE", "HIPPOCAMPUS", "BUSI")
-    ]
+    named = ("FAIRSEG", "HAM10000", "DBT", "LIDC", "EMIDEC", "PROSTATE", "HIPPOCAMPUS", "BUSI", "RADIMAGENET")
+    data = [f"{name}_ROOT" for name in named]
     for name in (*data, "GUIDER", "FAIRSEG_TRANSUNET", "SD15", "CONTROLNET"):
         monkeypatch.delenv(name, raising=False)
     return tmp_path
@@ -92,6 +91,8 @@ def tiny(words):
         return [*tiny_volumes(config), *own]
     if any("busi" in word for word in words if "configs" in word):
         return small(words)
+    if any("radimagenet" in w for w in words if "configs" in w):
+        return ["--data.image_size=32", *PARTS["controlnet"], "--model.prompt="]
     named = kind(" ".join(w for w in words if "configs" in w))
     network = [] if any("unet.yaml" in w and "trans" not in w for w in words) else PARTS[named]
     return [*([] if "--data.image_size=null" in words else ["--data.image_size=32"]), *network]

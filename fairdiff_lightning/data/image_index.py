@@ -252,10 +252,10 @@ def _listing(folder: Path, known: int | None = None) -> Listing | None:
             for entry in entries:
                 if entry.name.startswith("."):
                     continue
-                if entry.is_dir():
-                    folders.append(entry.name)
-                elif entry.name.lower().endswith(SUFFIX):
+                if entry.name.lower().endswith(SUFFIX):  # by name: asking what it is may cost a look at each file
                     images.append(entry.name)
+                elif entry.is_dir():
+                    folders.append(entry.name)
     except FileNotFoundError:
         return Listing(0, [], [])
     return Listing(changed, sorted(images, key=_natural), sorted(folders, key=_natural))

@@ -1,25 +1,28 @@
-"""The control branch: grown from a UNet, read from diffusers, or from an original ``cldm`` checkpoint."""
+"""The control branch: grown from a UNet, read from diffusers, from an original ``cldm`` checkpoint, or from ours."""
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
-from fairdiff_lightning.networks.checkpoint import describe, read_state_dict
+from fairdiff_lightning.networks.checkpoint import check_state_dict, describe, read_state_dict
 from fairdiff_lightning.networks.cldm import load_cldm
 
 HINT_WIDTHS = (16, 32, 96, 256)
 """Channels of the condition's encoder; each but the first halves the side."""
 SHARED = ("in_channels", "block_out_channels", "layers_per_block", "cross_attention_dim", "down_block_types")
 """What control branch and UNet must have in common."""
+BRANCH, UNET = "controlnet.", "unet."
+"""Where checkpoints of ``ControlNetSynth`` have their tensors."""
 
 
 def build_controlnet(source: str | None, unet: Any, factor: int, channels: int, silent: bool = True) -> Any:
     """Make a ``ControlNetModel`` for a UNet.
 
     Args:
-        source: None grows it from the UNet's weights; else a folder or hub id of diffusers, or a file in the original
-            ``cldm`` layout (``.ckpt``, ``.pth``, ``.safetensors``).
+        source: None grows it from the UNet's weights; else a folder or hub id of diffusers, a checkpoint of
+            ``ControlNetSynth``, or a file in the original ``cldm`` layout (``.ckpt``, ``.pth``, ``.safetensors``).
         unet: ``UNet2DConditionModel`` that it will steer.
         factor: pixels of the condition to one of the latents, along each side.
         channels: channels of the condition.
@@ -40,12 +43,31 @@ def build_controlnet(source: str | None, unet: Any, factor: int, channels: int, 
         unet, conditioning_embedding_out_channels=widths, conditioning_channels=channels, load_weights_from_unet=True
     )
     if source is not None:
-        load_cldm([grown], read_state_dict(source), describe(source))
+        _load_file(source, grown)
     elif not silent:
         outlets = (*grown.controlnet_down_blocks, grown.controlnet_mid_block)
         for convolution in (*outlets, grown.controlnet_cond_embedding.conv_out):
             convolution.reset_parameters()
     return grown
+
+
+def _load_file(source: str, controlnet: Any) -> None:
+    """Fill a control branch from a checkpoint, ours or one in the original layout, strictly."""
+    state = read_state_dict(source)
+    branch = {name.removeprefix(BRANCH): tensor for name, tensor in state.items() if name.startswith(BRANCH)}
+    if not branch:
+        load_cldm([controlnet], state, describe(source))
+        return
+    check_state_dict(branch, controlnet.state_dict(), f"the control branch of {describe(source)}")
+    controlnet.load_state_dict(branch)
+    trained = sum(name.startswith(UNET) for name in state)
+    if trained:
+        warnings.warn(
+            f"controlnet={describe(source)} takes the control branch alone; {trained} tensors of the UNet were trained "
+            "with it and stay behind. Call save_pretrained(folder) of that module and go on with base=folder, "
+            "controlnet=folder/controlnet.",
+            stacklevel=2,
+        )
 
 
 def _load(source: str) -> Any:

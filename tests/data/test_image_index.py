@@ -1,7 +1,9 @@
 import os
 import pickle
 import shutil
+from contextlib import contextmanager
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -63,6 +65,24 @@ def test_it_is_built_once(tmp_path, monkeypatch):
     build_index(root, tmp_path / "index")
     monkeypatch.setattr(image_index, "_listing", lambda *_: pytest.fail("listed again"))
     assert paths(build_index(root, tmp_path / "index")) == EXPECTED
+
+
+def test_nothing_is_asked_of_the_files_but_their_names(tmp_path, monkeypatch):
+    real, asked = os.scandir, []
+
+    class Entry(SimpleNamespace):
+        def is_dir(self):
+            asked.append(self.name)
+            return self.entry.is_dir()
+
+    @contextmanager
+    def scandir(folder):
+        with real(folder) as entries:
+            yield (Entry(name=entry.name, entry=entry) for entry in entries)
+
+    monkeypatch.setattr(image_index, "os", SimpleNamespace(**vars(os) | {"scandir": scandir}))
+    assert paths(build_index(tree(tmp_path / "data"), tmp_path / "index")) == EXPECTED
+    assert set(asked) == {"MR", "CT", "abd", "hip", "normal", "empty", "notes.txt"}
 
 
 def test_a_killed_build_leaves_no_index_and_is_gone_on_with(tmp_path, monkeypatch):

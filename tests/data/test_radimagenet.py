@@ -3,6 +3,7 @@ import importlib
 import io
 import pickle
 from collections import Counter
+from dataclasses import replace
 from itertools import islice
 from types import SimpleNamespace
 
@@ -10,12 +11,17 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from jsonargparse import ArgumentParser
 from PIL import Image
+from torch import nn
 
 from fairdiff_lightning.data.edges import CannyEdges, ScharrEdges, edges_of
 from fairdiff_lightning.data.errors import DatasetNotFoundError, InvalidSampleError
 from fairdiff_lightning.data.native import to_image_tensor
-from fairdiff_lightning.data.radimagenet import PHANTOM_COUNT, PHANTOM_FOLDERS, RadImageNetDataModule, prompt_of
+from fairdiff_lightning.data.phantoms_radimagenet import COUNT as PHANTOM_COUNT
+from fairdiff_lightning.data.phantoms_radimagenet import FOLDERS as PHANTOM_FOLDERS
+from fairdiff_lightning.data.radimagenet import RadImageNet, RadImageNetDataModule
+from fairdiff_lightning.data.radimagenet_samples import encode, prompt_of
 from fairdiff_lightning.data.sample import validate
 
 FOLDERS = ("MR/af/osseous_disruption", "CT/abd/normal", "US/gb")
@@ -35,6 +41,18 @@ def root(tmp_path):
             array = np.random.default_rng([k, i]).integers(0, 256, (20, 24) if i % 2 else (24, 20), np.uint8)
             Image.fromarray(array).save(tmp_path / "data" / "radiology_ai" / folder / f"x{i}.png")
     return tmp_path / "data"
+
+
+class Soft(nn.Module):
+    """Draws each image, half as bright, and remembers the batches."""
+
+    def __init__(self):
+        super().__init__()
+        self.drawn = []
+
+    def forward(self, images):
+        self.drawn.append(tuple(images.shape))
+        return images.mean(1, keepdim=True) / 2
 
 
 def module(root, **arguments):
@@ -111,6 +129,54 @@ def test_without_edges_gradients_are_drawn_and_said(root):
     with pytest.warns(UserWarning, match="Scharr"):
         sample = module(root).splits["train"][0]
     assert float(sample["edge"].max()) > 0.5
+
+
+@pytest.mark.parametrize(
+    ("word", "detector"),
+    [
+        ("scharr", ScharrEdges()),
+        ("ScharrEdges", ScharrEdges()),
+        ("fairdiff_lightning.data.ScharrEdges", ScharrEdges()),
+        ("CannyEdges", CannyEdges()),
+        ("{class_path: CannyEdges, init_args: {sigma: 2.0}}", CannyEdges(sigma=2.0)),
+        ("null", None),
+    ],
+)
+def test_the_command_line_names_detectors(word, detector):
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(RadImageNetDataModule, "data")
+    data = parser.instantiate_classes(parser.parse_args([f"--data.edges={word}"])).data
+    assert (data.detector, data.maker.detector) == (detector, detector)
+
+
+@pytest.mark.parametrize("nothing", ["canny", nn.Module()])
+def test_a_detector_that_draws_nothing_is_refused(nothing):
+    with pytest.raises(ValueError, match=r"edges=.* draws nothing; expected is 'scharr', CannyEdges, or a network"):
+        RadImageNetDataModule(edges=nothing)
+
+
+def test_a_network_that_would_draw_image_by_image_is_refused(root):
+    message = r"edges=Soft without shards.*write_shards\.py <folder> --data\.root=.*data.*test_radimagenet\.Soft"
+    with pytest.raises(ValueError, match=message):
+        module(root, edges=Soft())
+
+
+def test_edges_for_shards_are_drawn_in_batches_of_a_size(root):
+    data, network = module(root, edges=CannyEdges()), Soft()
+    maker = replace(data.maker, detector=network)
+    train = data.splits["train"]
+    items = list(RadImageNet(train.index, train.rows, maker).with_edges(list(range(18))))
+    assert sorted(network.drawn) == [(9, 1, 20, 24), (9, 1, 24, 20)]
+    for item in items:
+        image = cv2.imread(str(root / "radiology_ai" / item["id"]), cv2.IMREAD_GRAYSCALE)
+        expected = np.floor(image / np.float32(255) / 2 * np.float32(255))
+        assert np.array_equal(np.asarray(Image.open(io.BytesIO(item["edge"]))), expected)
+        assert item["image"] == (root / "radiology_ai" / item["id"]).read_bytes()
+
+
+def test_training_on_the_tree_writes_no_file_for_each_image(root, tmp_path):
+    ids(module(root, edges=ScharrEdges()).train_dataloader())
+    assert [p.name for p in (tmp_path / "cache").iterdir()] == ["index"]
 
 
 def test_the_phantom_has_every_kind_of_folder():
@@ -216,7 +282,7 @@ class TestShards:
 
     @pytest.fixture
     def shards(self, root, tmp_path, monkeypatch):
-        monkeypatch.setattr("fairdiff_lightning.data.radimagenet.SECTION", 2)
+        monkeypatch.setattr("fairdiff_lightning.data.radimagenet_shards.SECTION", 2)
         module(root, edges=ScharrEdges()).write_shards(tmp_path / "shards", samples_per_shard=4)
         return tmp_path / "shards"
 
@@ -234,6 +300,12 @@ class TestShards:
                 assert batch["prompt"] == [known[i]["prompt"] for i in batch["id"]]
         assert sorted(p.name for p in shards.iterdir()) == ["shards.json", "train", "val"]
 
+    def test_a_network_draws_the_edges_of_shards_and_checks_them(self, root, tmp_path):
+        tree = RadImageNetDataModule(str(root), val_fraction=0.25, seed=0, edges=Soft())
+        tree.write_shards(tmp_path / "soft", samples_per_shard=8)
+        sample = module(None, shards=str(tmp_path / "soft"), edges=Soft(), image_size=(20, 24)).splits["train"][0]
+        assert float(sample["edge"].mean()) == pytest.approx(float(sample["image"].mean()) / 2, abs=2 / 255)
+
     def test_shards_go_on_in_the_middle_of_an_epoch(self, shards):
         whole = module(None, shards=str(shards)).train_dataloader()
         first = module(None, shards=str(shards), num_workers=2).train_dataloader()
@@ -245,7 +317,7 @@ class TestShards:
         assert ids(whole)[:2] != begun
 
     def test_writing_that_was_killed_goes_on(self, root, tmp_path, monkeypatch):
-        monkeypatch.setattr("fairdiff_lightning.data.radimagenet.SECTION", 1)
+        monkeypatch.setattr("fairdiff_lightning.data.radimagenet_shards.SECTION", 1)
         data, real, drawn = module(root, edges=ScharrEdges()), edges_of, []
 
         def draw(images, *args, **kwargs):
@@ -254,14 +326,14 @@ class TestShards:
             drawn.append(len(images))
             return real(images, *args, **kwargs)
 
-        monkeypatch.setattr("fairdiff_lightning.data.radimagenet.edges_of", draw)
+        monkeypatch.setattr("fairdiff_lightning.data.radimagenet_samples.edges_of", draw)
         with pytest.raises(KeyboardInterrupt):
             data.write_shards(tmp_path / "shards", 4)
         with pytest.raises(InvalidSampleError, match=r"no shards\.json.*let write_shards go on"):
             module(None, shards=str(tmp_path / "shards"))
         again = []
         monkeypatch.setattr(
-            "fairdiff_lightning.data.radimagenet.edges_of", lambda x, **k: again.append(len(x)) or real(x, **k)
+            "fairdiff_lightning.data.radimagenet_samples.edges_of", lambda x, **k: again.append(len(x)) or real(x, **k)
         )
         data.write_shards(tmp_path / "shards", 4)
         assert sum(drawn) + sum(again) < 24 + 4 + 1, "only what was not whole is drawn again"
@@ -283,7 +355,5 @@ class TestShards:
 
 
 def test_edges_of_a_picture_are_stored_without_loss():
-    from fairdiff_lightning.data.radimagenet import _encode
-
     levels = np.arange(256, dtype=np.uint8).reshape(16, 16)
-    assert np.array_equal(np.asarray(Image.open(io.BytesIO(_encode(levels)))), levels)
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(encode(levels)))), levels)
