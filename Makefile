@@ -16,7 +16,7 @@ $(READY): setup.cfg pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(READY)
-	PATH="$(CURDIR)/$(BIN):$$PATH" TOTAL=477 STEPS=250 bash examples/fairdiff_pipeline.sh
+	PATH="$(CURDIR)/$(BIN):$$PATH" TOTAL=477 STEPS=200 bash examples/fairdiff_pipeline.sh
 
 test: $(READY)
 	$(BIN)/python -m pytest -m 'not slow and not gpu'

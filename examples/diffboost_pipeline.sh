@@ -4,32 +4,43 @@
 #
 #   bash examples/diffboost_pipeline.sh
 #
-# On BUSI, at full size (days on a GPU; 50 samples for each of about 390 images of a fold):
+# On BUSI, at full size (days on a GPU; 50 samples for each of about 390 images of a fold, by the authors' edges):
 #
-#   DATA=/data/Dataset_BUSI_with_GT KIND=busi SAMPLES=19500 bash examples/diffboost_pipeline.sh
+#   DATA=/data/Dataset_BUSI_with_GT KIND=busi SAMPLES=50 HED=network-bsds500.pth bash examples/diffboost_pipeline.sh
 #
+# On slices of the hippocampi of the Medical Segmentation Decathlon, at small size; scores are of volumes:
+#
+#   DATA=/data/Task04_Hippocampus KIND=hippocampus bash examples/diffboost_pipeline.sh
+#
+# SAMPLES counts the synthetic images of each training image of a fold: all have as many. HED is a file of the authors' edge
+# detector; without it edges are gradients.
 # Every fold has a generator of its own, which never sees the fold's test images: another fold's is refused by name. A run that
 # was killed goes on where it stopped when the same command is repeated.
 set -euo pipefail
 DATA=${DATA:+$(realpath -m "$DATA")}
 OUT=${OUT:+$(realpath -m "$OUT")}
+HED=${HED:+$(realpath -m "$HED")}
 cd "$(dirname "$0")/.."
 
 DATA=${DATA:-}            # folder of the data; empty: the phantom
-KIND=${KIND:-demo}        # demo or busi: which configurations
+KIND=${KIND:-demo}        # demo, busi or hippocampus: which configurations
 FOLDS=${FOLDS:-3}         # folds of the cross-validation
-SAMPLES=${SAMPLES:-128}   # synthetic images in each fold, evenly over the diagnoses and within each over its real images
+SAMPLES=${SAMPLES:-4}     # synthetic images of each training image
 PATCH=${PATCH:-}          # side of the patches that are merged, pixels
 LEVEL=${LEVEL:-input}     # merge images (input, the paper) or what the network makes of them (logits, the code)
+HED=${HED:-}              # weights of the edge detector: network-bsds500.pth or ControlNetHED.pth; empty: gradients
 OUT=${OUT:-runs/diffboost}
 
 case $KIND in
   demo) generator=configs/demo/busi_controlnet.yaml segmenter=configs/demo/busi_segment.yaml; PATCH=${PATCH:-16} ;;
   busi) generator=configs/busi/edges_controlnet.yaml segmenter=configs/busi/segment.yaml; PATCH=${PATCH:-64} ;;
-  *) echo "KIND=$KIND; expected is demo or busi." >&2; exit 2 ;;
+  hippocampus)
+    generator=configs/hippocampus/edges_slices.yaml segmenter=configs/hippocampus/segment_slices.yaml; PATCH=${PATCH:-16} ;;
+  *) echo "KIND=$KIND; expected is demo, busi or hippocampus." >&2; exit 2 ;;
 esac
 . examples/pipeline.sh
-begin "DATA=$DATA KIND=$KIND FOLDS=$FOLDS SAMPLES=$SAMPLES PATCH=$PATCH LEVEL=$LEVEL"
+begin "DATA=$DATA KIND=$KIND FOLDS=$FOLDS SAMPLES=$SAMPLES PATCH=$PATCH LEVEL=$LEVEL HED=$HED"
+edges=(${HED:+--data.edges=fairdiff_lightning.networks.hed.HED "--data.edges.weights=$HED"})
 merge=(--data.merge=PatchMerge "--data.merge.patch_size=$PATCH" "--data.merge.level=$LEVEL")
 
 segment_fold() { # name, arguments of training
@@ -48,9 +59,10 @@ for ((fold = 0; fold < FOLDS; fold++)); do
   say "fold $fold, 2/4 with all classical augmentations"
   segment_fold classical --data.augment=true --data.augmentation=all
 
-  say "fold $fold, 3/4 a diffusion on the edges of the fold's training images, and $SAMPLES samples"
-  train "$generated" --config "$generator" "${of[@]}"
-  generate "$generated" last --config "$generator" "${of[@]}" --data.generate.masks=train "--data.generate.total=$SAMPLES"
+  say "fold $fold, 3/4 a diffusion on the edges of the fold's training images, and $SAMPLES samples of each"
+  train "$generated" --config "$generator" "${of[@]}" "${edges[@]}"
+  generate "$generated" last --config "$generator" "${of[@]}" "${edges[@]}" --data.generate.masks=train \
+    "--data.generate.per_source=$SAMPLES"
 
   say "fold $fold, 4/4 a segmenter on real images merged with samples"
   segment_fold merged "--data.synthetic=[$generated/synthetic]" "${merge[@]}"

@@ -26,7 +26,7 @@ case $KIND in
         segmenter=configs/fairseg/transunet.yaml ;;
   *) echo "KIND=$KIND; expected is demo or fairseg." >&2; exit 2 ;;
 esac
-steps=(${STEPS:+"--trainer.max_steps=$STEPS" --trainer.max_epochs=-1})
+steps=(${STEPS:+"--trainer.max_steps=$STEPS" --trainer.max_epochs=-1 --trainer.check_val_every_n_epoch=5})
 scale=(--data.generate.equal_scale=true ${TOTAL:+"--data.generate.total=$TOTAL"})
 . examples/pipeline.sh
 begin "DATA=$DATA KIND=$KIND TOTAL=$TOTAL STEPS=$STEPS"

@@ -74,7 +74,7 @@ class FairDiffCLI(LightningCLI):
         """The callbacks of a subcommand; those that read what our modules return are for our modules."""
         ours, generator = isinstance(self.model, Segmenter), isinstance(self.model, GenerativeModule)
         if self.subcommand == "test":
-            return [FairnessReport()] if ours and getattr(self.datamodule, "attribute_groups", None) else []
+            return [FairnessReport()] if ours else []
         if self.subcommand == "predict":
             return [PredictionWriter()] if ours else [SyntheticDatasetWriter()] if generator else []
         pictures: list[Callback] = [SampleGrid(), ExpertUsageHeatMap()] if ours else []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,10 @@ from fairdiff_lightning.callbacks.slices import orthogonal
 from fairdiff_lightning.data.resample import move
 
 PICTURE_SIZE = 256
+SURFACES = ("hd95", "assd", "nsd")
+"""Scores of surfaces that a step may return."""
+EVERYONE = "all"
+"""Attribute, and its one group, of images that have no attribute."""
 
 
 @dataclass(frozen=True)
@@ -29,12 +33,14 @@ class Case:
         groups: attribute -> group index, -1 when unknown.
         dice: score of each foreground class, NaN where not defined.
         iou: the same for intersection over union.
+        surfaces: those of :data:`SURFACES` that were measured.
     """
 
     id: str
     groups: dict[str, int]
     dice: tuple[float, ...]
     iou: tuple[float, ...]
+    surfaces: dict[str, tuple[float, ...]] = field(default_factory=dict)
 
     @property
     def mean_dice(self) -> float:
@@ -53,25 +59,34 @@ class Picture:
 
 
 def read_cases(outputs: Mapping[str, Any], batch: Mapping[str, Any]) -> list[Case]:
-    """Turn a step's ``dice`` and ``iou`` (B, C) and the batch's ``id`` and ``attributes`` into cases.
+    """Turn a step's scores (B, C), ``dice``, ``iou`` and those of surfaces, and the batch's groups into cases.
+
+    Without an attribute all are of one group, :data:`EVERYONE`.
 
     Raises:
         ValueError: a score is not (B, C).
     """
     ids = [str(sample_id) for sample_id in batch["id"]]
+    surfaces = [name for name in SURFACES if name in outputs]
     scores = {}
-    for metric in ("dice", "iou"):
+    for metric in ("dice", "iou", *surfaces):
         found = outputs[metric]
         if found.dim() != 2 or len(found) != len(ids):
             raise ValueError(
                 f"outputs['{metric}'] has shape {tuple(found.shape)}, expected ({len(ids)}, C): a score of each image "
                 "of the batch for each foreground class, NaN where it is not defined."
             )
-        scores[metric] = found.detach().double().cpu().tolist()
-    groups = {name: group.tolist() for name, group in batch["attributes"].items()}
+        scores[metric] = [tuple(row) for row in found.detach().double().cpu().tolist()]
+    groups = {name: group.tolist() for name, group in batch["attributes"].items()} or {EVERYONE: [0] * len(ids)}
     return [
-        Case(sample_id, {name: group[i] for name, group in groups.items()}, tuple(dice), tuple(iou))
-        for i, (sample_id, dice, iou) in enumerate(zip(ids, scores["dice"], scores["iou"], strict=True))
+        Case(
+            sample_id,
+            {name: group[i] for name, group in groups.items()},
+            scores["dice"][i],
+            scores["iou"][i],
+            {name: scores[name][i] for name in surfaces},
+        )
+        for i, sample_id in enumerate(ids)
     ]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +12,7 @@ import torch
 from scipy.stats import wilcoxon
 from torch import Tensor
 
+from fairdiff_lightning.data.folds import cross_fold_summary
 from fairdiff_lightning.metrics.functional import bootstrap_interval, equity_scaled, group_means, worst_group
 
 STATISTICS = ("ES-Dice", "Dice", "worst group")
@@ -26,7 +27,8 @@ class Comparison:
         groups: names of the groups.
         runs: names of the runs.
         cases: number of test images.
-        value: (R, 3 + G) means over the classes of :data:`STATISTICS` and of each group's Dice, as in the report.
+        value: (R, 3 + G) means over the classes of :data:`STATISTICS` and of each group's Dice, as in the report. Of
+            one group all are its Dice, and the table shows that alone.
         low: lower ends of the 95 % intervals of the statistics, and of ES-Dice minus that of the first run: (R, 4).
         high: upper ends.
         gain: (R,) ES-Dice minus that of the first run.
@@ -34,6 +36,8 @@ class Comparison:
         p: (R,) of a two-sided Wilcoxon signed-rank test of that Dice against the first run's. Images where a run has no
             score or both have the same are left out; equal differences share their mean rank. NaN where no image
             remains, as for the first run itself.
+        folds: (R, 2) mean and spread of that Dice over the folds, as DiffBoost reports them, see
+            :func:`~fairdiff_lightning.data.folds.cross_fold_summary`; None where a run has one table.
     """
 
     attribute: str
@@ -46,21 +50,25 @@ class Comparison:
     gain: Tensor
     std: Tensor
     p: Tensor
+    folds: Tensor | None = None
 
     def rows(self) -> list[list[str]]:
-        """The table as text, the header first."""
-        header = ["run", "cases", *STATISTICS, f"ES-Dice minus {self.runs[0]}", "p (Dice)", *self.groups]
-        lines = [header]
-        for r, name in enumerate(self.runs):
-            shown = [*self.value[r, :3], self.gain[r]]
-            cells = [
-                f"{float(v):.3f} [{float(a):.3f}, {float(b):.3f}]"
-                for v, a, b in zip(shown, self.low[r], self.high[r], strict=True)
-            ]
-            cells[1] = f"{float(self.value[r, 1]):.3f} ± {float(self.std[r]):.3f}"
-            cells.append("-" if self.p[r].isnan() else f"{float(self.p[r]):.2g}")
-            lines.append([name, str(self.cases), *cells, *(f"{float(v):.3f}" for v in self.value[r, 3:])])
-        return lines
+        """The table as text, the header first; of one group without what compares groups."""
+        compares = len(self.groups) > 1
+        folds = ["Dice over folds"] if self.folds is not None else []
+        gain, groups = f"{'ES-' if compares else ''}Dice minus {self.runs[0]}", self.groups if compares else ()
+        header = ["run", "cases", *(STATISTICS if compares else ["Dice"]), *folds, gain, "p (Dice)", *groups]
+        return [header, *(self._row(r, compares) for r in range(len(self.runs)))]
+
+    def _row(self, r: int, compares: bool) -> list[str]:
+        es_dice, _, worst, *groups = self.value[r].tolist()
+        intervals = list(zip(self.low[r].tolist(), self.high[r].tolist(), strict=True))
+        dice = f"{float(self.value[r, 1]):.3f} ± {float(self.std[r]):.3f}"
+        shown = [_cell(es_dice, intervals[0]), dice, _cell(worst, intervals[2])] if compares else [dice]
+        folds = [] if self.folds is None else ["{:.3f} ± {:.3f}".format(*self.folds[r].tolist())]
+        p_value = "-" if self.p[r].isnan() else f"{float(self.p[r]):.2g}"
+        cells = [*shown, *folds, _cell(float(self.gain[r]), intervals[3]), p_value]
+        return [self.runs[r], str(self.cases), *cells, *(f"{value:.3f}" for value in groups if compares)]
 
     def markdown(self) -> str:
         """The table in Markdown."""
@@ -93,7 +101,8 @@ def compare_runs(
     """
     header = pd.read_csv(next(iter(runs.values()))[0], nrows=0)
     columns = [c for c in header.columns if c.startswith("dice_")]
-    tables = {name: _read(name, paths, [attribute, *columns], folds) for name, paths in runs.items()}
+    parts = {name: _read(name, paths, [attribute, *columns]) for name, paths in runs.items()}
+    tables = {name: _join(name, found, folds) for name, found in parts.items()}
     first = next(iter(tables.values()))[0]
     for name, seeds in tables.items():
         for table in seeds:
@@ -105,8 +114,8 @@ def compare_runs(
 
     def statistics(scores: Tensor, group: Tensor) -> Tensor:
         """(R, 4 + G, resamples) from (N, R, C, resamples)."""
-        per_group = group_means(scores, group, len(names))
         overall = scores.nanmean(0)
+        per_group = group_means(scores, group, len(names)) if len(names) > 1 else overall[None]
         es_dice = equity_scaled(overall, per_group).nanmean(1)
         worst = worst_group(per_group).nanmean(1)
         shown = [es_dice, overall.nanmean(1), worst, es_dice - es_dice[:1]]
@@ -127,7 +136,23 @@ def compare_runs(
         gain=value[:, 3],
         std=torch.from_numpy(np.nanstd(per_case.numpy(), axis=0, ddof=1)),
         p=torch.tensor([_p_value(run - per_case[:, 0]) for run in per_case.T]),
+        folds=_over_folds(parts.values(), columns)
+        if folds and all(len(found) > 1 for found in parts.values())
+        else None,
     )
+
+
+def _over_folds(runs: Iterable[Sequence[pd.DataFrame]], columns: Sequence[str]) -> Tensor:
+    """Mean and spread (R, 2) over each run's folds of the Dice of their images, whose std is taken with n."""
+    found = []
+    for folds in runs:
+        dice = [fold[columns].mean(axis=1) for fold in folds]
+        found.append(cross_fold_summary([float(d.mean()) for d in dice], [float(d.std(ddof=0)) for d in dice]))
+    return torch.tensor(found, dtype=torch.float64)
+
+
+def _cell(value: float, interval: tuple[float, float]) -> str:
+    return f"{value:.3f} [{interval[0]:.3f}, {interval[1]:.3f}]"
 
 
 def _p_value(difference: Tensor) -> float:
@@ -137,8 +162,8 @@ def _p_value(difference: Tensor) -> float:
     return float(wilcoxon(differing.numpy()).pvalue) if len(differing) else torch.nan
 
 
-def _read(run: str, paths: Sequence[Path], needed: list[str], folds: bool) -> list[pd.DataFrame]:
-    """The tables of a run's seeds, or the one of all its folds, ordered by image; the attribute leads ``needed``."""
+def _read(run: str, paths: Sequence[Path], needed: list[str]) -> list[pd.DataFrame]:
+    """The tables of a run; the attribute leads ``needed``."""
     text = {"id": str, needed[0]: str}
     tables = []
     for path in paths:
@@ -150,15 +175,20 @@ def _read(run: str, paths: Sequence[Path], needed: list[str], folds: bool) -> li
                 "that every run reports, and compare runs of the same classes."
             )
         tables.append(table)
-    tables = [pd.concat(tables)] if folds else tables
-    for table in tables:
+    return tables
+
+
+def _join(run: str, tables: Sequence[pd.DataFrame], folds: bool) -> list[pd.DataFrame]:
+    """The tables of a run's seeds, or the one of all its folds, ordered by image."""
+    joined = [pd.concat(tables)] if folds else list(tables)
+    for table in joined:
         twice = table.index[table.index.duplicated()]
         if len(twice):
             raise ValueError(
                 f"run '{run}' was tested twice on {len(twice)} images, such as '{twice[0]}'; give each fold once, and "
                 "folds whose test images differ."
             )
-    return [table.sort_index() for table in tables]
+    return [table.sort_index() for table in joined]
 
 
 def _check_same_images(run: str, table: pd.DataFrame, first: pd.DataFrame) -> None:

@@ -71,6 +71,11 @@ class FairnessSummary:
     n: NDArray[np.int64]
 
     @property
+    def compares(self) -> bool:
+        """Whether there are groups to compare; statistics over groups tell nothing of one."""
+        return len(self.groups) > 1
+
+    @property
     def images(self) -> int:
         """Number of images, those of unknown group included."""
         return sum(self.group_sizes) + self.unknown

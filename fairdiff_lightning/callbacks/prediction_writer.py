@@ -10,6 +10,7 @@ from urllib.parse import quote
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
+from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image
 from torch import Tensor
 
@@ -31,7 +32,8 @@ class PredictionWriter(BasePredictionWriter):
     (1, H, W) class indices, and ``id``, a list of B names. The data module's ``write_mask(directory, id, mask)``, where
     there is one, writes the data set's own format; otherwise the file is ``<id>.png`` (8-bit grey, the value of a pixel
     is its class), with what a file name cannot hold in the id percent-encoded. Files are replaced whole, so a run
-    that was killed can be repeated. Nothing is kept in memory.
+    that was killed can be repeated. Nothing is kept in memory. A data module of slices, one with
+    ``write_joined(directory, ids)``, then writes the volumes that they make, beside them.
 
     Args:
         output_dir: folder of the files; by default ``predictions`` below the trainer's log folder.
@@ -77,6 +79,10 @@ class PredictionWriter(BasePredictionWriter):
         trainer.strategy.barrier("predictions written")
         if trainer.is_global_zero:
             self.manifest.merge(keep=False)
+            write_joined = getattr(getattr(trainer, "datamodule", None), "write_joined", None)
+            if write_joined is not None:
+                written = write_joined(self.directory, list(self.manifest.rows()))
+                rank_zero_info(f"{len(written)} volumes of predicted slices: {self.directory.resolve()}")
 
 
 def write_png(directory: Path, sample_id: str, mask: Tensor) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,8 @@ class Report:
 
     Args:
         title: of the page.
-        summaries: one for each attribute.
+        summaries: one for each attribute, of all images.
+        subsets: name -> the same of some of the images.
         cases: every image.
         worst: the worst cases with their pictures, worst first; None where there is no picture.
         run: module, hyperparameters, date, versions and settings of the bootstrap.
@@ -34,6 +35,7 @@ class Report:
 
     title: str
     summaries: Sequence[FairnessSummary]
+    subsets: Mapping[str, Sequence[FairnessSummary]]
     cases: Sequence[Case]
     worst: Sequence[tuple[Case, Picture | None]]
     run: Mapping[str, Any]
@@ -51,8 +53,8 @@ def write_tables(report: Report, directory: Path) -> None:
     """Write ``fairness.csv``, ``cases.csv`` and ``fairness.json`` below ``directory``, each atomically.
 
     ``fairness.csv`` is tidy: a score of a group is ``metric`` dice or iou with the group's name or ``overall``; a
-    statistic over groups is ``worst_dice``, ``gap_iou`` and so on, in group ``overall``. ``n`` counts the images with
-    a defined score.
+    statistic over groups is ``worst_dice``, ``gap_iou`` and so on, in group ``overall``, where there are groups to
+    compare. ``n`` counts the images with a defined score. ``subset`` is empty for all images together.
     """
     _write_csv(directory / "fairness.csv", _tidy_rows(report))
     _write_csv(directory / "cases.csv", _case_rows(report))
@@ -75,26 +77,31 @@ def to_plain(value: Any) -> Any:
 
 
 def _tidy_rows(report: Report) -> Iterator[Sequence[object]]:
-    yield "attribute", "group", "class", "metric", "value", "low", "high", "n"
-    for summary in report.summaries:
-        for metric in METRICS:
-            for column, name in enumerate(summary.classes):
-                for row, group in enumerate(("overall", *summary.groups)):
-                    cell = summary.cell(row, metric, column)
-                    yield summary.attribute, group, name, metric, *_numbers(cell)
-                for key in STATISTICS:
-                    cell = summary.statistic(key, metric, column)
-                    yield summary.attribute, "overall", name, f"{key}_{metric}", *_numbers(cell)
+    yield "subset", "attribute", "group", "class", "metric", "value", "low", "high", "n"
+    for subset, summaries in {"": report.summaries, **report.subsets}.items():
+        for summary in summaries:
+            yield from ((subset, summary.attribute, *row) for row in _summary_rows(summary))
+
+
+def _summary_rows(summary: FairnessSummary) -> Iterator[Sequence[object]]:
+    for metric in METRICS:
+        for column, name in enumerate(summary.classes):
+            for row, group in enumerate(("overall", *summary.groups)):
+                yield group, name, metric, *_numbers(summary.cell(row, metric, column))
+            for key in STATISTICS if summary.compares else ():
+                yield "overall", name, f"{key}_{metric}", *_numbers(summary.statistic(key, metric, column))
 
 
 def _case_rows(report: Report) -> Iterator[Sequence[object]]:
-    first = report.summaries[0]
+    classes = report.summaries[0].classes[:-1]
     attributes = [summary.attribute for summary in report.summaries]
-    scores = [f"{metric}_{name}" for metric in METRICS for name in first.classes[:-1]]
-    yield "id", *attributes, *scores
+    surfaces = list(dict.fromkeys(name for case in report.cases for name in case.surfaces))
+    yield "id", *attributes, *(f"{metric}_{name}" for metric in (*METRICS, *surfaces) for name in classes)
+    absent = (math.nan,) * len(classes)
     for case in report.cases:
         groups = report.group_names(case)
-        yield case.id, *(groups[name] for name in attributes), *map(_number, (*case.dice, *case.iou))
+        measured = [score for name in surfaces for score in case.surfaces.get(name, absent)]
+        yield case.id, *(groups[name] for name in attributes), *map(_number, (*case.dice, *case.iou, *measured))
 
 
 def _nested(report: Report) -> dict[str, Any]:
@@ -104,12 +111,17 @@ def _nested(report: Report) -> dict[str, Any]:
         "images": len(report.cases),
         "counts": report.counts,
         "logged": report.logged,
-        "attributes": {summary.attribute: _nested_summary(summary) for summary in report.summaries},
+        "attributes": _by_attribute(report.summaries),
+        "subsets": {name: _by_attribute(summaries) for name, summaries in report.subsets.items()},
         "worst_cases": [
             {"id": case.id, "groups": report.group_names(case), "dice": case.dice, "iou": case.iou}
             for case, _ in report.worst
         ],
     }
+
+
+def _by_attribute(summaries: Sequence[FairnessSummary]) -> dict[str, Any]:
+    return {summary.attribute: _nested_summary(summary) for summary in summaries}
 
 
 def _nested_summary(summary: FairnessSummary) -> dict[str, Any]:
@@ -119,13 +131,18 @@ def _nested_summary(summary: FairnessSummary) -> dict[str, Any]:
             for metric in METRICS
         }
 
-    first = 1 + len(summary.groups)
     return {
         "images": dict(zip(summary.groups, summary.group_sizes, strict=True)),
         "unknown": summary.unknown,
         "overall": by_class(0),
         "groups": {name: by_class(row) for row, name in enumerate(summary.groups, start=1)},
-        "statistics": {name: by_class(row) for row, name in enumerate(STATISTICS, start=first)},
+        **(_over_groups(summary, by_class) if summary.compares else {}),
+    }
+
+
+def _over_groups(summary: FairnessSummary, by_class: Callable[[int], Any]) -> dict[str, Any]:
+    return {
+        "statistics": {name: by_class(row) for row, name in enumerate(STATISTICS, start=1 + len(summary.groups))},
         "worst_group": {
             metric: {name: summary.worst_name(metric, column) or None for column, name in enumerate(summary.classes)}
             for metric in METRICS

@@ -6,7 +6,7 @@ import base64
 import io
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from html import escape
 from string import Template
 from typing import TYPE_CHECKING
@@ -15,7 +15,7 @@ from fairdiff_lightning.callbacks import figures
 from fairdiff_lightning.callbacks.cases import Case, Picture
 from fairdiff_lightning.callbacks.fairness_summary import METRIC_NAMES, FairnessSummary
 from fairdiff_lightning.callbacks.report_files import Report, to_plain
-from fairdiff_lightning.callbacks.report_table import Entry, entry, headers, rows, unknown_note
+from fairdiff_lightning.callbacks.report_table import Entry, entry, headers, heading, rows, unknown_note
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -99,7 +99,7 @@ def page(report: Report) -> str:
         title=escape(report.title),
         subtitle=escape(subtitle),
         cards=_headline(report),
-        sections="\n".join(_section(report, summary) for summary in report.summaries),
+        sections="\n".join([*(_section(report, summary) for summary in report.summaries), *_subsets(report)]),
         worst=_worst(report) + _READING,
         run=_run(report),
     )
@@ -108,26 +108,43 @@ def page(report: Report) -> str:
 def _headline(report: Report) -> str:
     first = report.summaries[0]
     cards = [_card(f"{label}, all images", entry(first.cell(0, metric))) for metric, label in METRIC_NAMES.items()]
-    cards += [_card(f"ES-Dice, {s.attribute}", entry(s.statistic("es", "dice"))) for s in report.summaries]
+    cards += [
+        _card(f"ES-Dice, {s.attribute}", entry(s.statistic("es", "dice"))) for s in report.summaries if s.compares
+    ]
     return "".join(cards)
 
 
 def _section(report: Report, summary: FairnessSummary) -> str:
+    compared = _compared(summary) if summary.compares else ""
+    return f"""<section>
+<h2>{escape(heading(summary))}</h2>
+{compared}
+<div class="wide">{_table(summary)}</div>
+{_paragraph(unknown_note(summary))}
+{_counts(report, summary.attribute)}
+</section>"""
+
+
+def _compared(summary: FairnessSummary) -> str:
     cards = [
         _card("Worst group, Dice", entry(summary.statistic("worst", "dice"), summary.worst_name("dice"))),
         _card("Largest gap of groups", entry(summary.statistic("gap", "dice"))),
         _card("Standard deviation of groups", entry(summary.statistic("std", "dice"))),
     ]
     bars = _image(_bars(summary), f"Dice of each {summary.attribute} group with intervals")
-    return f"""<section>
-<h2>By {escape(summary.attribute)}</h2>
-<div class="cards">{"".join(cards)}</div>
+    return f"""<div class="cards">{"".join(cards)}</div>
 <div class="wide">{bars}</div>
-<p class="soft">Bars: mean Dice of each group with its bootstrap interval. Dashed: all images.</p>
-<div class="wide">{_table(summary)}</div>
-{_paragraph(unknown_note(summary))}
-{_counts(report, summary.attribute)}
-</section>"""
+<p class="soft">Bars: mean Dice of each group with its bootstrap interval. Dashed: all images.</p>"""
+
+
+def _subsets(report: Report) -> Iterator[str]:
+    for name, summaries in report.subsets.items():
+        tables = "".join(
+            f'<h3>{escape(heading(summary))}</h3><div class="wide">{_table(summary)}</div>'
+            f"{_paragraph(unknown_note(summary))}"
+            for summary in summaries
+        )
+        yield f"<section><h2>Only {escape(name)}</h2>{tables}</section>"
 
 
 def _bars(summary: FairnessSummary) -> Figure:

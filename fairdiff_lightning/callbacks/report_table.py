@@ -44,13 +44,14 @@ def headers(summary: FairnessSummary) -> list[str]:
 
 
 def rows(summary: FairnessSummary) -> Iterator[Row]:
-    """The table's rows, top to bottom."""
+    """The table's rows, top to bottom; of one group the overall scores alone."""
     shown = columns(summary)
     for index, (label, images) in enumerate(
         zip(("overall", *summary.groups), (summary.images, *summary.group_sizes), strict=True)
     ):
-        yield Row(label, images, tuple(entry(summary.cell(index, *column)) for column in shown))
-    for name, label in STATISTICS.items():
+        if index == 0 or summary.compares or summary.unknown:
+            yield Row(label, images, tuple(entry(summary.cell(index, *column)) for column in shown))
+    for name, label in STATISTICS.items() if summary.compares else ():
         remarks = [summary.worst_name(*column) if name == "worst" else "" for column in shown]
         cells = [summary.statistic(name, *column) for column in shown]
         yield Row(label, None, tuple(entry(cell, remark) for cell, remark in zip(cells, remarks, strict=True)))
@@ -64,6 +65,11 @@ def entry(cell: Cell, remark: str = "") -> Entry:
     return Entry(f"{cell.value:.3f}", interval, remark)
 
 
+def heading(summary: FairnessSummary) -> str:
+    """What a table is of."""
+    return f"By {summary.attribute}" if summary.compares else "All images"
+
+
 def unknown_note(summary: FairnessSummary) -> str:
     """What became of the images whose group is not known; empty when there are none."""
     if not summary.unknown:
@@ -71,13 +77,14 @@ def unknown_note(summary: FairnessSummary) -> str:
     return f"Images of unknown {summary.attribute}: {summary.unknown}; they count in the overall scores only."
 
 
-def terminal_table(summary: FairnessSummary, confidence: float) -> Table:
-    """The table for a terminal; intervals stand below the values."""
+def terminal_table(summary: FairnessSummary, confidence: float, subset: str = "") -> Table:
+    """The table for a terminal, of all images or a subset that is named; intervals stand below the values."""
     from rich.table import Table
     from rich.text import Text
 
     caption = f"{unknown_note(summary)} Below each value its {confidence * 100:g}% bootstrap interval.".strip()
-    table = Table(title=Text(f"Fairness by {summary.attribute}"), caption=Text(caption), title_style="bold")
+    title = f"{heading(summary)}, {subset}" if subset else heading(summary)
+    table = Table(title=Text(title), caption=Text(caption), title_style="bold")
     table.add_column("")
     for header in ("n", *headers(summary)):
         table.add_column(Text(header), justify="right")

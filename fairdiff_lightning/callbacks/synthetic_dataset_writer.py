@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from fairdiff_lightning.callbacks.manifest import Manifest
 from fairdiff_lightning.callbacks.report_files import to_plain
 from fairdiff_lightning.callbacks.step_outputs import require_keys
 from fairdiff_lightning.data.native import atomic_path
-from fairdiff_lightning.data.provenance import write_training_cases
+from fairdiff_lightning.data.provenance import TRAINING_CASES, refuse_seen, write_training_cases
 from fairdiff_lightning.data.requests import Request
 
 _SAMPLES = {
@@ -35,7 +35,8 @@ class SyntheticDatasetWriter(Callback):
     The table holds id, file, seed, the group of every attribute, the condition (id of the mask that was followed), a
     digest of how that mask was made when a generator made it, the source (the real case behind it), the generator's
     class, the SHA-256 of the checkpoint (of the weights, when there is none) and the file with its hyperparameters.
-    ``training_cases.txt`` lists what the checkpoint was trained on, so that no split mixes in what has seen its test.
+    ``training_cases.txt`` lists what the generator was trained on, as its module and the checkpoint's data module know
+    it, so that no split mixes in what has seen its test; where neither knows, a warning says so.
     Files are written whole or not at all. A run that was killed is repeated with the same command: samples that are
     listed are not made again, and the others come out as they would have. Memory stays flat: predictions are not
     returned.
@@ -50,7 +51,7 @@ class SyntheticDatasetWriter(Callback):
 
     Raises:
         ValueError: before anything is made, when the folder holds samples of another generator, or made from another
-            seed or mask than this run would.
+            seed or mask than this run would, or when the generator was trained on cases that are held out here.
     """
 
     def __init__(self, output_dir: str | None = None) -> None:
@@ -64,7 +65,8 @@ class SyntheticDatasetWriter(Callback):
         if getattr(data, "generate", None) is None:
             raise ValueError(
                 f"{type(self).__name__}: nothing to generate. Say how much, with --data.generate.per_group=N, "
-                "--data.generate.total=N or --data.generate.equal_scale=true (generate=GenerationPlan(...) in code)."
+                "--data.generate.per_source=N, --data.generate.total=N or --data.generate.equal_scale=true "
+                "(generate=GenerationPlan(...) in code)."
             )
         self.directory = Path(self.output_dir or Path(trainer.default_root_dir) / "synthetic")
         self.groups: Mapping[str, Sequence[str]] = data.attribute_groups
@@ -77,10 +79,9 @@ class SyntheticDatasetWriter(Callback):
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin this process's part of the table, and keep the hyperparameters and the generator's training cases."""
         self.manifest.start(trainer.global_rank)
-        seen: frozenset[str] = getattr(trainer.datamodule, "training_cases", frozenset())  # type: ignore[attr-defined]
         if trainer.is_global_zero:
-            if seen:
-                write_training_cases(self.directory, seen)
+            if self.seen:
+                write_training_cases(self.directory, self.seen)
             with atomic_path(self.directory / self.provenance["config"]) as path:
                 path.write_text(_config(pl_module), encoding="utf-8")
 
@@ -123,6 +124,7 @@ class SyntheticDatasetWriter(Callback):
     def _existing(self, trainer: Trainer, pl_module: LightningModule, requests: Sequence[Request]) -> set[str]:
         """Ids of the samples that need not be made, when the folder is of this generator."""
         self.requests = {request.id: request for request in requests}
+        self.seen = _training_cases(trainer, pl_module)
         self.provenance = _provenance(trainer, pl_module)
         rows = self.manifest.rows()
         self._refuse_others(rows)
@@ -155,6 +157,21 @@ class SyntheticDatasetWriter(Callback):
                     + ", ".join(f"{column} '{row[column]}', here '{value}'" for column, value in other.items())
                     + ". Choose another output_dir, or remove the folder."
                 )
+
+
+def _training_cases(trainer: Trainer, module: LightningModule) -> frozenset[str]:
+    """What the generator was trained on, none of which may be held out here."""
+    data, none = getattr(trainer, "datamodule", None), frozenset[str]()
+    seen: frozenset[str] = getattr(data, "training_cases", none) | getattr(module, "training_cases", none)
+    name = f"the generator {type(module).__name__}"
+    if not seen:
+        rank_zero_warn(
+            f"nothing is known of what {name} was trained on: its samples come without {TRAINING_CASES}, and no data "
+            "module will refuse them where they have seen its test cases. Load a checkpoint that was trained with a "
+            "data module of this library, or a folder that save_pretrained wrote after such a training."
+        )
+    refuse_seen(name, seen, getattr(data, "held_out_records", ()))
+    return seen
 
 
 def _ask_for_all(trainer: Trainer) -> None:

@@ -7,7 +7,8 @@ from fairdiff_lightning.data.classical_augmentation import ClassicalAugmentation
 from fairdiff_lightning.data.dataset import SegmentationDataset
 from fairdiff_lightning.data.dbt import DBT, DBTDataModule
 from fairdiff_lightning.data.decathlon import Decathlon, DecathlonDataModule
-from fairdiff_lightning.data.decathlon_slices import DecathlonSliceDataModule, DecathlonSlices
+from fairdiff_lightning.data.decathlon_slice_module import DecathlonSliceDataModule
+from fairdiff_lightning.data.decathlon_slices import DecathlonSlices
 from fairdiff_lightning.data.dicom_seg import read_segmentation, write_segmentation
 from fairdiff_lightning.data.edge_augmentation import RandomZoomRotate
 from fairdiff_lightning.data.edges import CannyEdges, EdgeCache, EdgeReader, ScharrEdges, edges_of, label_contour

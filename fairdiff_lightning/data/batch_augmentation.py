@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -18,31 +18,38 @@ from fairdiff_lightning.data.sample import Sample
 Augmentation = Callable[[Tensor, Tensor, torch.Generator], tuple[Tensor, Tensor]]
 """Maps image (B, C, H, W[, D]), mask (B, 1, H, W[, D]) and draws to image and mask."""
 Classical = classical_augmentation.Name
-AugmentationName = Literal["none", "rotate_flip", "zoom_rotate", Classical]
+AugmentationArgument = (
+    Literal["none", "rotate_flip", "zoom_rotate", Classical]
+    | RandomRotateFlip
+    | RandomZoomRotate
+    | ClassicalAugmentation
+)
+"""A name, or an augmentation of pictures with arguments of its own."""
 
 
-def picture_augmentation(name: AugmentationName | None, edges: bool = False) -> Augmentation | RandomZoomRotate | None:
-    """The augmentation of pictures in [0, 1] by its name.
+def picture_augmentation(
+    wanted: AugmentationArgument | None, edges: bool = False
+) -> Augmentation | RandomZoomRotate | None:
+    """The augmentation of pictures in [0, 1] that is asked for.
 
     Args:
-        name: ``rotate_flip``, see :class:`RandomRotateFlip`; ``zoom_rotate``, see :class:`RandomZoomRotate`; a row of
-            :class:`ClassicalAugmentation`; ``none``; None takes ``zoom_rotate`` for samples with edges, else
-            ``rotate_flip``.
+        wanted: ``rotate_flip``, see :class:`RandomRotateFlip`; ``zoom_rotate``, see :class:`RandomZoomRotate`; a row of
+            :class:`ClassicalAugmentation`; one of the three themselves, for other arguments than their defaults;
+            ``none``; None takes ``zoom_rotate`` for samples with edges, else ``rotate_flip``.
         edges: whether the samples have edges.
 
     Raises:
         ValueError: for one that does not suit the samples.
     """
-    name = name or ("zoom_rotate" if edges else "rotate_flip")
-    if (name == "zoom_rotate") > edges or (edges and name in get_args(Classical)):
+    wanted = wanted or ("zoom_rotate" if edges else "rotate_flip")
+    found = _by_name(wanted) if isinstance(wanted, str) else wanted
+    if isinstance(found, RandomZoomRotate) > edges or (edges and isinstance(found, ClassicalAugmentation)):
         allowed = "none, rotate_flip or zoom_rotate" if edges else "none, rotate_flip or a classical one"
         raise ValueError(
-            f"augmentation='{name}' for samples {'with' if edges else 'without'} edges: expected is {allowed}. "
+            f"augmentation='{wanted}' for samples {'with' if edges else 'without'} edges: expected is {allowed}. "
             "Classical ones change intensities, and edges are none; `zoom_rotate` needs the option `edges`."
         )
-    if name in ("none", "rotate_flip"):
-        return RandomRotateFlip() if name == "rotate_flip" else None
-    return RandomZoomRotate() if name == "zoom_rotate" else ClassicalAugmentation(cast(Classical, name))
+    return found
 
 
 def augment_batch(batch: Sample, augmentation: Augmentation | RandomZoomRotate, draws: torch.Generator) -> Sample:
@@ -65,3 +72,9 @@ def merge_batch(batch: Sample, merge: PatchMerge, draws: torch.Generator) -> Sam
     if "partner" in batch:
         batch["keep_real"] = merge.mask(batch["image"].shape, draws, batch["image"].device)
     return batch
+
+
+def _by_name(name: str) -> RandomRotateFlip | RandomZoomRotate | ClassicalAugmentation | None:
+    if name in ("none", "rotate_flip"):
+        return RandomRotateFlip() if name == "rotate_flip" else None
+    return RandomZoomRotate() if name == "zoom_rotate" else ClassicalAugmentation(cast(Classical, name))

@@ -6,20 +6,24 @@ import hashlib
 import re
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, cast, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from fairdiff_lightning.data.cache import Arrays, Layout
 from fairdiff_lightning.data.dbt import cut
+from fairdiff_lightning.data.edge_frame import EdgeFrame
 from fairdiff_lightning.data.errors import InvalidSampleError
+from fairdiff_lightning.data.frames import Frame, PictureFrame
 from fairdiff_lightning.data.native import (
     Index,
     NativeDataset,
     Record,
+    check_classes,
     check_same_size,
     to_uint8_image,
     visible_files,
@@ -27,9 +31,13 @@ from fairdiff_lightning.data.native import (
 from fairdiff_lightning.data.phantoms import allocate
 from fairdiff_lightning.data.phantoms_busi import BENIGN, MALIGNANT, breast_ultrasound
 from fairdiff_lightning.data.pictures import decode, notes, opened, save_png
+from fairdiff_lightning.data.resize import centre_region, crop_to, resize_image
 from fairdiff_lightning.data.sample import UNKNOWN, AttributeSpec, Sample
 from fairdiff_lightning.data.segmentation import SegmentationDataModule
+from fairdiff_lightning.data.slice_stack import slice_window, spline
+from fairdiff_lightning.data.volumes import Window
 
+Percentiles = Literal["native", "input"]
 FOLDER = "Dataset_BUSI_with_GT"
 DIAGNOSES = ("benign", "malignant", "normal")
 UNSAID = "unknown"
@@ -38,7 +46,7 @@ MASK_NAME = re.compile(r"(.+)_mask(?:_(\d+))?")
 DIAGNOSIS_NAME = re.compile(rf"(?<![a-z])({'|'.join(DIAGNOSES)})(?![a-z])")
 MASK_MODES = ("1", "L", "RGB", "RGBA")
 """Of the release's masks, and so of the phantom's."""
-OPAQUE = 255
+BRIGHTEST = OPAQUE = 255
 PHANTOM_COUNT, PHANTOM_SHARES, PHANTOM_LOOKS = 60, {0: 0.55, 1: 0.28, 2: 0.17}, (BENIGN, MALIGNANT, None)
 PHANTOM_SIZES, PHANTOM_PAIRED = ((72, 96), (97, 129)), 8
 
@@ -156,6 +164,39 @@ class BUSI(NativeDataset):
                 save_png(stem.with_name(f"{stem.name}_mask{ending}.png"), drawn)
 
 
+@dataclass(frozen=True)
+class PercentileFrame(PictureFrame):
+    """A grey picture scaled to [0, 1] by its own percentiles, cropped and resized.
+
+    What was generated is in [0, 1] of such pictures already, and is not scaled again.
+
+    Args:
+        percentiles: of which picture, see :class:`BUSIDataModule`.
+    """
+
+    percentiles: Percentiles = "native"
+
+    def decode(self, dataset: NativeDataset, record: Record) -> Arrays:
+        """Image (1, H, W), 8 bits or, by the percentiles of the sample, float32 in [0, 1], and mask (H, W)."""
+        image, mask = dataset.read_arrays(record)
+        check_classes(mask, len(dataset.classes), str(record.files))
+        if self.percentiles == "native" and not record.synthetic:
+            image = (slice_window(image).to_unit(image) * BRIGHTEST).round().astype(np.uint8)
+        shown = crop_to(image, centre_region(mask.shape, self.crop))
+        if self.percentiles == "native":
+            return resize_image(shown, self.size, self.resize), self._framed(mask)
+        resized = spline(shown[None].astype(np.float32), self.size)
+        window = Window(0, BRIGHTEST) if record.synthetic else slice_window(resized)
+        return window.to_unit(resized), self._framed(mask)
+
+    def layout(self, channels: int) -> Layout | None:
+        """As its base, or float32 where the resized image is scaled."""
+        layout = super().layout(channels)
+        if layout is None or self.percentiles == "native":
+            return layout
+        return {**layout, "images": (layout["images"][0], np.float32)}
+
+
 class BUSIDataModule(SegmentationDataModule):
     """BUSI for segmentation and for generators: grey images squeezed to the asked size, split by image.
 
@@ -165,7 +206,13 @@ class BUSIDataModule(SegmentationDataModule):
         image_size: side, or height and width, that the network sees, pixels; None keeps the crop as it is.
         batch_size: samples in a batch, on each device.
         num_workers: loader processes.
+        percentiles: scale each real image to [0, 1] between its 0.5 and 99.5 percentiles, as DiffBoost does (IEEE TMI
+            2025): those of the file's own picture (``native``), or, as its code, those of the sample, resized by
+            scikit-image's smoothed spline of first order (``input``). None divides the levels by 255.
         **kwargs: arguments of :class:`SegmentationDataModule`.
+
+    Raises:
+        ValueError: for other percentiles, or another way to resize than theirs.
     """
 
     def __init__(
@@ -175,9 +222,27 @@ class BUSIDataModule(SegmentationDataModule):
         image_size: int | tuple[int, int] | None = 384,
         batch_size: int = 8,
         num_workers: int = 0,
+        percentiles: Percentiles | None = "native",
         **kwargs: Any,
     ) -> None:
         super().__init__(BUSI(), root, attributes, image_size, batch_size, num_workers, **kwargs)
+        if percentiles not in (*get_args(Percentiles), None):
+            raise ValueError(f"percentiles={percentiles!r}: expected one of {list(get_args(Percentiles))}, or None.")
+        if percentiles == "input" and self.resize != "area":
+            raise ValueError(
+                f"percentiles='input' with resize={self.resize!r}: it resizes as DiffBoost's code does. Leave resize "
+                "out, or take percentiles='native'."
+            )
+        if percentiles is not None:
+            self.frame = _scaled(self.frame, percentiles)
+
+
+def _scaled(frame: Frame, percentiles: Percentiles) -> Frame:
+    """The same frame, which scales its pictures by their percentiles."""
+    if isinstance(frame, EdgeFrame):
+        return replace(frame, frame=_scaled(frame.frame, percentiles))
+    picture = cast(PictureFrame, frame)
+    return PercentileFrame(picture.size, picture.crop, picture.resize, percentiles)
 
 
 def decode_mask(file: str) -> NDArray[np.uint8]:

@@ -1,4 +1,4 @@
-"""Slices of the volumes of a Medical Segmentation Decathlon task as 2-D samples, evaluated as volumes."""
+"""Slices of the volumes of a Medical Segmentation Decathlon task read as 2-D samples, and written back."""
 
 # nibabel's functions carry no annotations
 # mypy: allow-untyped-calls
@@ -15,41 +15,34 @@ import numpy as np
 import torch
 from nibabel.orientations import io_orientation
 from numpy.typing import NDArray
-from torch.utils.data import DataLoader, DistributedSampler
 
-from fairdiff_lightning.data.cache import Arrays, Storage, fingerprint, open_file_cache
-from fairdiff_lightning.data.decathlon import CT, Decathlon, _finite, _read_volumes
+from fairdiff_lightning.data.cache import Arrays, fingerprint, open_file_cache
+from fairdiff_lightning.data.decathlon import CT, Decathlon
 from fairdiff_lightning.data.decathlon_task import IMAGES, TASK, Task, list_cases
-from fairdiff_lightning.data.edge_frame import EdgeFrame
 from fairdiff_lightning.data.errors import InvalidSampleError
-from fairdiff_lightning.data.folds import fold_records
 from fairdiff_lightning.data.native import Index, Record, check_classes, visible_files
+from fairdiff_lightning.data.nifti import check_finite, read_nifti_channels
 from fairdiff_lightning.data.resize import resize_mask
 from fairdiff_lightning.data.sample import Sample
-from fairdiff_lightning.data.samplers import EpochSampler
-from fairdiff_lightning.data.segmentation import SegmentationDataModule
 from fairdiff_lightning.data.slice_stack import (
     ARCHIVE,
     ID,
     MASKS,
     SLICES,
-    EdgeSliceFrame,
     Plane,
-    SliceFrame,
-    by_case,
     is_archive,
     load_arrays,
     parse_slice_id,
+    region_of,
     resize_slice,
     save_arrays,
     scale,
+    slice_affine,
     slice_id,
     slice_window,
-    stack_slices,
+    spline,
     unscale,
-    volume_scores,
 )
-from fairdiff_lightning.data.splits import Splits
 from fairdiff_lightning.data.volume_dataset import group_index
 from fairdiff_lightning.data.volumes import Array, Volume, Window, check_affine, write_nifti
 
@@ -70,7 +63,7 @@ class DecathlonSlices(Decathlon):
     The owner's layout has volumes only. :meth:`write` therefore stores a slice as ``slices/<id>.npz``, with ``image``
     float32 (C, H, W) in [0, 1], ``mask`` uint8 (H, W), ``affine`` (4, 4) where it is known and ``notes`` (JSON:
     synthetic, source, groups), beside or without the volumes; predicted masks alone go to ``masks/<id>.npz``.
-    :meth:`write_case` and :meth:`write_prediction` turn slices into volumes of the owner's layout.
+    :meth:`write_case` turns generated slices into a volume of the owner's layout, :meth:`write_prediction` masks.
 
     ==============  ==============================================  ================================================
     ``protocol``    ``strict``                                      ``legacy``, as DiffBoost's code
@@ -149,11 +142,11 @@ class DecathlonSlices(Decathlon):
     def read_channels(self, record: Record) -> tuple[Volume, ...]:
         """Read every channel (H, W, D) of a slice's whole volume in the unit of the file, float32, slices last."""
         file = record.files["image"]
-        found = _read_volumes(file)
+        found = read_nifti_channels(file)
         if len(found) not in (len(self.file_modalities), self.channels):
             raise InvalidSampleError(file, f"{len(found)} volumes", f"those of {TASK}, {self.file_modalities}")
         picked = [found[k] for k in self.picked] if len(found) == len(self.file_modalities) else found
-        return tuple(self._turned(channel.with_array(_finite(channel.array, file))) for channel in picked)
+        return tuple(self._turned(channel.with_array(check_finite(channel.array, file))) for channel in picked)
 
     def read_labels(self, record: Record) -> Volume:
         """Read the mask (H, W, D) of a slice's whole volume, slices last."""
@@ -165,7 +158,7 @@ class DecathlonSlices(Decathlon):
             found = load_arrays(record.files["image"], "image", "mask")
             mask = check_classes(found["mask"], len(self.classes), record.files["mask"])
             return found["image"].astype(np.float32), mask
-        images, masks, _ = self._unpacked(record)
+        images, masks, _ = self.unpacked(record)
         z = parse_slice_id(record.id)[1]
         return np.array(images[z], np.float32), np.array(masks[z])
 
@@ -174,15 +167,13 @@ class DecathlonSlices(Decathlon):
         if is_archive(record):
             file = record.files["mask"]
             return check_classes(load_arrays(file, "mask")["mask"], len(self.classes), file)
-        return np.array(self._unpacked(record)[1][parse_slice_id(record.id)[1]])
+        return np.array(self.unpacked(record)[1][parse_slice_id(record.id)[1]])
 
     def read_affine(self, record: Record) -> NDArray[np.float64] | None:
         """Affine (4, 4) of a slice, whose third index is 0; None of a generated one without a place."""
         if is_archive(record):
             return load_arrays(record.files["mask"]).get("affine")
-        affine = np.array(self._unpacked(record)[2])
-        affine[:3, 3] += affine[:3, 2] * parse_slice_id(record.id)[1]
-        return affine
+        return slice_affine(self.unpacked(record)[2], parse_slice_id(record.id)[1])
 
     def depth(self, record: Record) -> int:
         """Number of slices of a slice's whole volume, from the header."""
@@ -233,24 +224,26 @@ class DecathlonSlices(Decathlon):
         placed = {} if affine is None else {"affine": affine}
         return save_arrays(directory / MASKS / f"{sample_id}{ARCHIVE}", {"mask": mask.astype(np.uint8), **placed})
 
-    def write_case(self, directory: Path, record: Record, name: str, images: Mapping[int, Array]) -> Path:
+    def write_case(self, directory: Path, record: Record, name: str, slices: Mapping[int, Record]) -> Path:
         """Store generated slices of a case as a volume with the geometry of its scan, and the scan's own labels.
 
-        Intensities are those of the scan again, by the windows of its slices; slices that are not given stay the
-        scan's own. CT is rounded to int16.
+        Each slice is put where its affine says. Intensities are those of the scan again, by the windows of its slices;
+        what lies outside of a slice, and slices that are not given, stay the scan's own. CT is rounded to int16.
 
         Args:
             directory: folder of a task, which is made or added to.
             record: any slice of the case.
             name: id of the volume.
-            images: z -> image (C, H, W) in [0, 1], resized to the scan's own grid where it has another.
+            slices: z -> a slice that :meth:`write` stored.
+
+        Raises:
+            InvalidSampleError: for a slice that lies elsewhere than in the case at its z, or does not say where.
         """
         channels, labels = self.read_aligned(record)
-        values = np.stack([channel.array for channel in channels])  # (C, H, W, D)
-        for z, image in images.items():
-            windows = self.windows(record, values[..., z])
-            values[..., z] = unscale(resize_slice(image, (values.shape[1], values.shape[2])), windows)
         scan, dtype = channels[0], np.dtype(np.int16 if self.modalities[0] == CT else np.float32)
+        values = np.stack([channel.array for channel in channels])  # (C, H, W, D)
+        for z, made in slices.items():
+            self._paint(values[..., z], slice_affine(scan.affine, z), made)
         native = replace(scan.native, dtype=dtype, slope=1.0, intercept=0.0) if scan.native else None
         stored = values[0] if self.channels == 1 else np.moveaxis(values, 0, -1)
         notes = {"id": name, "modalities": self.modalities, "synthetic": True, "source": record.unit}
@@ -263,6 +256,34 @@ class DecathlonSlices(Decathlon):
         """Store a predicted mask (H, W, D) of a slice's case as ``labelsTr/<case>.nii.gz``, as the image's file."""
         return super().write_prediction(directory, replace(record, id=record.unit), mask)
 
+    def unpacked(self, record: Record) -> Arrays:
+        """Images (D, C, H, W), masks (D, H, W) and affine (4, 4) of a slice's whole volume, mapped from the cache."""
+        settings = (__name__, self.version, self.picked, self.legacy, self.ignore_mask_affine, len(self.classes))
+        key = fingerprint(sorted(record.files.values()), *settings)
+        return open_file_cache("disk", [key]).get(0, lambda _: self._unpack(record))
+
+    def _paint(self, values: Array, affine: NDArray[np.float64], made: Record) -> None:
+        """Put a generated slice into the scan's own (C, H, W), whose affine is given."""
+        image, file = self.read_arrays(made)[0], made.files["image"]
+        place, size, shape = (
+            self.read_affine(made),
+            (image.shape[1], image.shape[2]),
+            (values.shape[1], values.shape[2]),
+        )
+        region = None if place is None else region_of(place, size, affine, shape)
+        if region is None or len(image) != len(values):
+            found = f"image {image.shape} " + (
+                "without a place" if place is None else f"with the affine {place.tolist()}"
+            )
+            expected = (
+                f"{len(values)} channels of a crop of '{made.source}', {shape}, whose affine is {affine.tolist()}"
+            )
+            raise InvalidSampleError(file, found, expected)
+        top, left, height, width = region
+        inside = values[:, top : top + height, left : left + width]
+        scaled = spline(inside, size) if self.legacy else values
+        inside[...] = unscale(resize_slice(image, (height, width)), [slice_window(channel) for channel in scaled])
+
     def _places(self, case: Record) -> Iterator[int]:
         """Which slices of a case are used, z."""
         if ID.fullmatch(case.id):
@@ -271,7 +292,7 @@ class DecathlonSlices(Decathlon):
         if not self.legacy:
             yield from range(depth)
             return
-        masks = self._unpacked(case)[1]
+        masks = self.unpacked(case)[1]
         yield from (z for z in range(depth) if resize_mask(masks[z], self.image_size, "area").sum() > SMALLEST)
 
     def _archived(self, path: Path) -> Record:
@@ -292,145 +313,10 @@ class DecathlonSlices(Decathlon):
         columns, rows, slices = volume.native.axes
         return volume.reoriented((rows, columns, slices))
 
-    def _unpacked(self, record: Record) -> Arrays:
-        """Images (D, C, H, W), masks (D, H, W) and affine (4, 4) of a volume, mapped from the cache folder."""
-        settings = (__name__, self.version, self.picked, self.legacy, self.ignore_mask_affine, len(self.classes))
-        key = fingerprint(sorted(record.files.values()), *settings)
-        return open_file_cache("disk", [key]).get(0, lambda _: self._unpack(record))
-
     def _unpack(self, record: Record) -> Arrays:
         channels, mask = self.read_aligned(record)
         images = np.stack([channel.array for channel in channels]).transpose(3, 0, 1, 2)
         return _compact(images), np.ascontiguousarray(mask.array.transpose(2, 0, 1)), channels[0].affine
-
-
-class DecathlonSliceDataModule(SegmentationDataModule):
-    """Slices of a task of the Decathlon, in folds by case; predictions are scored and written as volumes.
-
-    ``predict`` stores the mask of each slice; ``volume_scores(read_predictions(folder))`` and
-    ``write_volumes(out, read_predictions(folder))`` put them together, see
-    :func:`~fairdiff_lightning.data.slice_stack.read_predictions`.
-
-    Args:
-        root: folder of the task; None writes and uses a phantom.
-        attributes: attributes to report and to route by, of ``columns``; the first is the one that is balanced.
-        image_size: side, or height and width, of a sample, pixels; None keeps the slices' own.
-        batch_size: slices in a batch, on each device.
-        num_workers: loader processes.
-        protocol: ``strict``: every slice, shuffled, folds of shuffled cases, validation cut from the training cases,
-            scores on the files' own grid, slices at their true z. ``legacy``, as DiffBoost's code: slices with a label
-            only, in order, folds in the order of ``dataset.json``, validated on the test fold, scores of resampled
-            labels, slices stretched over the depth.
-        fold: which part of the cases is the test set, from 0; None splits by ``fractions``.
-        num_folds: number of parts.
-        channel: number of the one modality to read; None reads all of them as channels.
-        columns: columns of ``attributes.csv`` that are attributes -> names of their groups.
-        ignore_mask_affine: take the image's affine for its mask too.
-        prompt: text of every sample; None is organ and modality, ``Prostate, MRI``.
-        augment: change the training batch at random; DiffBoost's baseline does not.
-        cache: where resized slices are kept, beside the unpacked volumes.
-        evaluate_at: grid of the scores of val and test; None takes the protocol's.
-        **kwargs: arguments of :class:`~fairdiff_lightning.data.segmentation.SegmentationDataModule`, but ``resize``.
-    """
-
-    dataset: DecathlonSlices
-
-    def __init__(
-        self,
-        root: str | None = None,
-        attributes: Sequence[str] = (),
-        image_size: int | tuple[int, int] | None = 384,
-        batch_size: int = 8,
-        num_workers: int = 0,
-        protocol: SliceProtocol = "strict",
-        fold: int | None = 0,
-        num_folds: int = 3,
-        channel: int | None = None,
-        columns: Mapping[str, Sequence[str]] | None = None,
-        ignore_mask_affine: bool = False,
-        prompt: str | None = None,
-        augment: bool = False,
-        cache: Storage = "none",
-        evaluate_at: Literal["input", "native"] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        size = (image_size, image_size) if isinstance(image_size, int) else image_size
-        dataset = DecathlonSlices(root, channel, columns, ignore_mask_affine, protocol, size)
-        super().__init__(
-            dataset,
-            root,
-            attributes,
-            size,
-            batch_size,
-            num_workers,
-            fold=fold,
-            num_folds=num_folds,
-            prompt=dataset.prompt if prompt is None else prompt,
-            augment=augment,
-            cache=cache,
-            evaluate_at=evaluate_at or ("input" if dataset.legacy else "native"),
-            resize="area",
-            **kwargs,
-        )
-        frame = SliceFrame(None if size is None else (size[0], size[1]), kwargs.get("crop"), legacy=dataset.legacy)
-        self.frame = EdgeSliceFrame(frame, self.frame.edges) if isinstance(self.frame, EdgeFrame) else frame
-
-    def train_dataloader(self) -> DataLoader[Sample]:
-        """Shuffled, or balanced by the first attribute; in order by ``legacy``."""
-        if not self.dataset.legacy or self.sampler != "shuffle":
-            return super().train_dataloader()
-        data = self._data("train")
-        sampler: DistributedSampler[Any] = DistributedSampler(data, *self._ranks(), shuffle=False)
-        return self._loader(data, EpochSampler(sampler), self.batch_size)
-
-    def val_dataloader(self) -> DataLoader[Sample]:
-        """Of the validation cases; ``legacy`` validates on the test fold."""
-        return self.test_dataloader() if self.dataset.legacy else super().val_dataloader()
-
-    def join(self, predictions: Mapping[str, Array | torch.Tensor]) -> Iterator[tuple[Record, dict[int, Array], Array]]:
-        """Predicted masks of test slices as volumes: a record of each case, its slices by z, and (H, W, D).
-
-        Args:
-            predictions: id -> class indices (H, W) or (1, H, W) on the file's own grid, as ``predict`` gives them.
-
-        Raises:
-            ValueError: for a slice that is not of the test set; by ``strict``, for one that is missing.
-        """
-        records = {record.unit: record for record in self.splits["test"]}
-        slices = {name: np.asarray(mask, np.uint8).reshape(mask.shape[-2:]) for name, mask in predictions.items()}
-        for case, found in by_case(slices).items():
-            if case not in records:
-                raise ValueError(f"'{case}' is no case of the test set; expected is one of {', '.join(records)}.")
-            depth = self.dataset.depth(records[case])
-            yield records[case], found, stack_slices(found, depth, "stretch" if self.dataset.legacy else "error")
-
-    def volume_scores(self, predictions: Mapping[str, Array | torch.Tensor]) -> dict[str, dict[str, float]]:
-        """Case -> :func:`~fairdiff_lightning.data.slice_stack.volume_scores` of it; arguments as :meth:`join`.
-
-        The truth is the file's; by ``legacy`` it goes through the sample's size and the stretching too.
-        """
-        scores = {}
-        for record, found, prediction in self.join(predictions):
-            truth = self.dataset.read_labels(record)
-            if self.dataset.legacy:
-                seen = {z: self._resampled(truth.array[..., z]) for z in found}
-                truth = truth.with_array(stack_slices(seen, truth.shape[2], "stretch"))
-            scores[record.unit] = volume_scores(prediction, truth, self.classes)
-        return scores
-
-    def write_volumes(self, directory: Path, predictions: Mapping[str, Array | torch.Tensor]) -> list[Path]:
-        """Store predicted masks as volumes, ``labelsTr/<case>.nii.gz``; arguments as :meth:`join`."""
-        found = self.join(predictions)
-        return [self.dataset.write_prediction(Path(directory), record, mask) for record, _, mask in found]
-
-    def _split(self, real: Sequence[Record]) -> Splits:
-        if not self.dataset.legacy or self.fold is None:
-            return super()._split(real)
-        return fold_records(real, self.fold, self.num_folds, val=0, seed=None)
-
-    def _resampled(self, mask: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """A mask that went to the sample's size and back."""
-        return resize_mask(resize_mask(mask, self.dataset.image_size, "area"), (mask.shape[0], mask.shape[1]), "area")
 
 
 def _compact(values: Array) -> Array:

@@ -17,8 +17,8 @@ from pydicom.uid import ExplicitVRLittleEndian, SegmentationStorage, generate_ui
 
 from fairdiff_lightning.data.dicom_series import TO_RAS
 from fairdiff_lightning.data.errors import InvalidSampleError
+from fairdiff_lightning.data.grid import Array, Volume, check_same_grid
 from fairdiff_lightning.data.native import atomic_path
-from fairdiff_lightning.data.volumes import Array, Volume, check_same_grid
 from fairdiff_lightning.version import __version__
 
 SOFTWARE = "fairdiff_lightning"

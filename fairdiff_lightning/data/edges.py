@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, is_dataclass
 from functools import cache
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from fairdiff_lightning.data.accelerator import on_accelerator
 from fairdiff_lightning.data.cache import cache_root
 from fairdiff_lightning.data.native import atomic_path
 from fairdiff_lightning.data.sample import Sample
@@ -65,6 +67,10 @@ class CannyEdges:
         return torch.from_numpy(np.stack(list(thin)))[:, None].to(images.device, torch.float32)
 
 
+DetectorArgument = Literal["scharr"] | ScharrEdges | CannyEdges | nn.Module
+"""What data modules take; the command line tries them in this order."""
+
+
 class EdgeCache:
     """Edges on disk under the hash of what they are drawn of; processes may share it.
 
@@ -100,10 +106,29 @@ class EdgeCache:
             with atomic_path(self._path(key)) as temporary, temporary.open("wb") as stream:
                 np.savez_compressed(stream, edge=levels)
         except OSError as error:
-            rank_zero_warn(
-                f"cannot store edges in '{self.folder}' ({error}); they are drawn each time. Free some room, or set "
-                "FAIRDIFF_CACHE or the folder of the cache to another place."
-            )
+            self._say_no_room(error)
+
+    def has_listed(self, name: str) -> bool:
+        """Whether a list of this name was kept and all of its edges are there."""
+        path = self._list(name)
+        return path.is_file() and all(self._path(key).is_file() for key in path.read_text().split())
+
+    def put_list(self, name: str, keys: Iterable[str]) -> None:
+        """Keep which edges belong to a name, a set of records for example."""
+        try:
+            with atomic_path(self._list(name)) as temporary:
+                temporary.write_text("\n".join(keys))
+        except OSError as error:
+            self._say_no_room(error)
+
+    def _say_no_room(self, error: OSError) -> None:
+        rank_zero_warn(
+            f"cannot store edges in '{self.folder}' ({error}); they are drawn each time. Free some room, or set "
+            "FAIRDIFF_CACHE or the folder of the cache to another place."
+        )
+
+    def _list(self, name: str) -> Path:
+        return self.folder / "lists" / f"{name}.txt"
 
     def _path(self, key: str) -> Path:
         return self.folder / key[:2] / f"{key}.npz"
@@ -116,42 +141,63 @@ class EdgeReader:
         detector: see :func:`edges_of`; an ``nn.Module`` or a dataclass, whose weights or fields do not change any more.
         folder: see :class:`EdgeCache`.
         batch_size: images that the detector sees at once.
+
+    Attributes:
+        description: :func:`describe_detector` of what draws.
     """
 
     def __init__(self, detector: Detector | None = None, folder: Path | None = None, batch_size: int = 32) -> None:
         self.detector, self.batch_size, self.cache = detector, batch_size, EdgeCache(folder)
-        self._settings = repr((VERSION, describe_detector(ScharrEdges() if detector is None else detector)))
+        self.description = describe_detector(ScharrEdges() if detector is None else detector)
+        self._settings = repr((VERSION, self.description))
 
     def __call__(self, image: Tensor, mask: Tensor | None = None) -> Tensor:
         """The ``edge`` of :func:`edges_of`, with its shapes and errors; what is not stored is drawn in one go."""
         check_pair(image, mask)
         shape = (1, *image.shape[-2:])
         images, masks = image.reshape(-1, *image.shape[-3:]), None if mask is None else mask.reshape(-1, *shape)
+        keys, edges = self._look_up(images, masks)
+        return torch.stack([edges[key].to(image.device) for key in keys]).view(*image.shape[:-3], *shape)
+
+    def prepare(self, samples: Iterable[Sample]) -> list[str]:
+        """Draw and store the edges of samples (image in [0, 1]) in batches, so that loader processes find them.
+
+        A network draws on the accelerator, where there is one, and is on the CPU afterwards.
+
+        Returns:
+            The distinct :meth:`key` of all samples.
+        """
+        pending: dict[tuple[int, ...], list[Sample]] = {}
+        keys: list[str] = []
+        with on_accelerator(self.detector):
+            for sample in samples:
+                batch = pending.setdefault(tuple(sample["image"].shape), [])
+                batch.append(sample)
+                if len(batch) == self.batch_size:
+                    keys += self._draw(pending.pop(tuple(sample["image"].shape)))
+            for batch in pending.values():
+                keys += self._draw(batch)
+        return list(dict.fromkeys(keys))
+
+    def _draw(self, batch: list[Sample]) -> list[str]:
+        images, masks = torch.stack([s["image"] for s in batch]), torch.stack([s["mask"] for s in batch])
+        check_pair(images, masks)
+        return self._look_up(images, masks)[0]
+
+    def _look_up(self, images: Tensor, masks: Tensor | None) -> tuple[list[str], dict[str, Tensor]]:
+        """The key of each image (B, C, H, W), and the edges by key; what is not stored is drawn and stored."""
+        shape = (1, *images.shape[-2:])
         keys = [self.key(images[i], None if masks is None else masks[i]) for i in range(len(images))]
-        edges = {key: self.cache.get(key, shape) for key in dict.fromkeys(keys)}
-        missing = {key: i for i, key in enumerate(keys) if edges[key] is None}
+        found = {key: self.cache.get(key, shape) for key in dict.fromkeys(keys)}
+        edges = {key: edge for key, edge in found.items() if edge is not None}
+        missing = {key: i for i, key in enumerate(keys) if key not in edges}
         if missing:
             rows = list(missing.values())
             drawn = edges_of(images[rows], None if masks is None else masks[rows], self.detector, self.batch_size)
             for key, edge in zip(missing, drawn, strict=True):
                 self.cache.put(key, edge)
                 edges[key] = edge
-        found = [edge.to(image.device) for edge in map(edges.get, keys) if edge is not None]
-        return torch.stack(found).view(*image.shape[:-3], *shape)
-
-    def prepare(self, samples: Iterable[Sample]) -> None:
-        """Draw and store the edges of samples (image in [0, 1]) in batches, so that loader processes find them."""
-        pending: dict[tuple[int, ...], list[Sample]] = {}
-        for sample in samples:
-            batch = pending.setdefault(tuple(sample["image"].shape), [])
-            batch.append(sample)
-            if len(batch) == self.batch_size:
-                self._draw(pending.pop(tuple(sample["image"].shape)))
-        for batch in pending.values():
-            self._draw(batch)
-
-    def _draw(self, batch: list[Sample]) -> None:
-        self(torch.stack([s["image"] for s in batch]), torch.stack([s["mask"] for s in batch]))
+        return keys, edges
 
     def key(self, image: Tensor, mask: Tensor | None) -> str:
         """Hash of an image, its mask, and the detector with its settings and weights."""

@@ -13,15 +13,15 @@ import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from numpy.typing import NDArray
-from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler
 
 from fairdiff_lightning.data.batch_augmentation import Augmentation, augment_batch, merge_batch
 from fairdiff_lightning.data.cache import Storage
+from fairdiff_lightning.data.condition_masks import condition_masks
 from fairdiff_lightning.data.dataset import SegmentationDataset
 from fairdiff_lightning.data.edge_augmentation import RandomZoomRotate
-from fairdiff_lightning.data.edge_frame import EdgeFrame
-from fairdiff_lightning.data.edges import CannyEdges, EdgeReader, ScharrEdges
+from fairdiff_lightning.data.edge_frame import EdgeFrame, detector_of, prepare_edges, refuse_other_detector
+from fairdiff_lightning.data.edges import DetectorArgument, EdgeReader, ScharrEdges
 from fairdiff_lightning.data.folds import fold_records
 from fairdiff_lightning.data.frames import Frame
 from fairdiff_lightning.data.mixing import Balance, mix
@@ -30,14 +30,13 @@ from fairdiff_lightning.data.native import Index, NativeDataset, Record, make_di
 from fairdiff_lightning.data.partners import find_partners
 from fairdiff_lightning.data.patch_merge import PartnerIndex, PatchMerge
 from fairdiff_lightning.data.phantoms import phantom_folder
-from fairdiff_lightning.data.provenance import marks, read_training_cases, refuse_seen
+from fairdiff_lightning.data.provenance import marks, refuse_generator, refuse_seen
 from fairdiff_lightning.data.requests import (
     GenerationPlan,
     MaskReader,
     Request,
     RequestBatches,
     RequestReader,
-    condition_masks,
     make_requests,
 )
 from fairdiff_lightning.data.sample import UNKNOWN, Sample, collate, validate
@@ -57,7 +56,6 @@ from fairdiff_lightning.data.splits import (
 )
 
 Sampler = Literal["shuffle", "group_balanced"]
-DetectorArgument = Literal["scharr"] | nn.Module | CannyEdges
 
 
 class NativeDataModule(ModuleFacts, LightningDataModule):
@@ -152,7 +150,7 @@ class NativeDataModule(ModuleFacts, LightningDataModule):
         self.splits: Splits = {}
         self._real: list[Record] = []
         self._held_out: frozenset[str] = frozenset()
-        self._held_out_records: list[Record] = []
+        self.held_out_records: list[Record] = []
         self.training_cases: frozenset[str] = frozenset()
         self._existing: Callable[[], Iterable[str]] = tuple
         self._datasets: dict[str, SegmentationDataset] = {}
@@ -191,7 +189,7 @@ class NativeDataModule(ModuleFacts, LightningDataModule):
         real = [record for record in index.records if not record.synthetic]
         whole = self._split(real)
         self._held_out = held_out_keys(whole, self.dataset.case_key)
-        self._held_out_records = [record for part in HELD_OUT for record in whole[part]]
+        self.held_out_records = [record for part in HELD_OUT for record in whole[part]]
         made = [record for record in index.records if record.synthetic]
         splits = self._select(self.folder, index, {**whole, "made": made})
         made, self._real = splits.pop("made"), splits["train"]
@@ -201,17 +199,18 @@ class NativeDataModule(ModuleFacts, LightningDataModule):
         self._report()
 
     def state_dict(self) -> dict[str, Any]:
-        """The real cases that a checkpoint was trained on."""
-        return {"training_cases": sorted(self.training_cases | marks(self._real))}
+        """The real cases that a checkpoint was trained on, and what drew their edges."""
+        return {"training_cases": sorted(self.training_cases | marks(self._real)), "edges": detector_of(self.frame)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Refuse a checkpoint that was trained on cases that are held out here.
+        """Refuse a checkpoint that was trained on cases that are held out here, or on another detector's edges.
 
         Raises:
             ValueError: naming them.
         """
         self.training_cases = frozenset(state_dict["training_cases"])
-        refuse_seen("the checkpoint", self.training_cases, self._held_out_records)
+        refuse_seen("the checkpoint", self.training_cases, self.held_out_records)
+        refuse_other_detector(state_dict.get("edges"), self.frame)
 
     def on_before_batch_transfer(self, batch: Sample, dataloader_idx: int) -> Sample:
         """Check the batch against the contract when asked to."""
@@ -226,10 +225,10 @@ class NativeDataModule(ModuleFacts, LightningDataModule):
         return batch
 
     def on_after_batch_transfer(self, batch: Sample, dataloader_idx: int) -> Sample:
-        """Augment a training batch, on its device and from a seed of its own."""
+        """Augment a training batch, on its device and from a seed of its own; others get the range of merged ones."""
         trainer = self.trainer
         if trainer is None or not trainer.training:
-            return batch
+            return batch if self.merge is None else self.merge.rescale(batch)
         draws = generator(self.seed, "augment", trainer.fit_loop.total_batch_idx, trainer.global_rank)
         return self.augment(batch, draws)
 
@@ -246,7 +245,7 @@ class NativeDataModule(ModuleFacts, LightningDataModule):
             ValueError: for a folder of samples whose generator was trained on held-out cases, naming them.
         """
         for folder in map(Path, self.synthetic):
-            refuse_seen(f"the generator of '{folder}'", read_training_cases(folder), self._held_out_records)
+            refuse_generator(folder, self.held_out_records)
         data = self._data("train")
         replicas, rank = self._ranks()
         sampler: DistributedSampler[Any] = (
@@ -272,6 +271,7 @@ class NativeDataModule(ModuleFacts, LightningDataModule):
         if self.generate is not None:
             names, done = list(self.attribute_groups), self._existing()
             batches = RequestBatches(self.requests(), self.batch_size, names, self.request_reader(), done)
+            prepare_edges(self.frame, self.dataset, batches.followed(*self._ranks()))
             return batches.loader(self.num_workers, *self._ranks())
         data = self._data("predict")
         return self._loader(data, SequentialShards(data, *self._ranks()))
@@ -296,8 +296,7 @@ class NativeDataModule(ModuleFacts, LightningDataModule):
         scans = self.backgrounds()
         used = [*(masks or ()), *(replace(scan, source=scan.source or scan.id) for scan in scans or ())]
         refuse_leaks(used, self._held_out, self.dataset.case_key)
-        folder = Path(self.generate.masks or "")
-        refuse_seen(f"the generator of '{folder}'", read_training_cases(folder), self._held_out_records)
+        refuse_generator(Path(self.generate.masks or ""), self.held_out_records)
         return make_requests(self.generate, groups, counts, masks, attribute, scans)
 
     def backgrounds(self) -> list[Record] | None:
@@ -391,8 +390,7 @@ class NativeDataModule(ModuleFacts, LightningDataModule):
                     f"the {part} split of '{self.folder}' has {len(records)} samples for {processes} processes: "
                     f"fractions {self.fractions} and filters leave no more. Change them, or give more data."
                 )
-            if isinstance(self.frame, EdgeFrame):
-                self.frame.prepare(self.dataset, records[rank::processes])
+            prepare_edges(self.frame, self.dataset, records[rank::processes])
             native = part == "predict" or (part in HELD_OUT and self.evaluate_at == "native")
             self._datasets[part] = self.make_dataset(records, native, self.cache, training=part == "train")
         return self._datasets[part]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, cast, get_args
 
 import torch
@@ -31,8 +31,9 @@ class PatchMerge(nn.Module):
         level: what is merged: ``input`` the images, which pass the network once (the paper); ``logits`` what the
             network makes of each of them in a pass of its own (the authors' code).
         num_synthetic: partners of a real sample that are drawn from; 0 trains on real samples alone.
-        joint_range: smallest and largest value to which each pair is rescaled as one before the network; (-1, 1) is
-            the authors' code. None leaves the images as they are.
+        joint_range: smallest and largest value to which each pair is rescaled as one before the network, and each image
+            alone in validation, test and prediction, so that all stages see one range; (-1, 1) is the authors' code.
+            None leaves the images as they are.
 
     Raises:
         ValueError: for values outside these ranges.
@@ -108,6 +109,15 @@ class PatchMerge(nn.Module):
         cells = torch.rand(shape[0], 1, *grid, generator=generator) < self.alpha
         return F.interpolate(cells.to(device, torch.uint8, non_blocking=True), size, mode="nearest").bool()
 
+    def rescale(self, batch: Sample) -> Sample:
+        """Give images (B, C, H, W[, D]) that are not merged the range of those that are, each by itself.
+
+        A batch without images, or of a merge without ``joint_range``, is returned as it is.
+        """
+        if self.joint_range is None or "image" not in batch:
+            return batch
+        return cast(Sample, {**batch, "image": stretch(batch["image"], *self.joint_range)})
+
 
 def joint_minmax(real: Tensor, synthetic: Tensor, low: float = -1.0, high: float = 1.0) -> tuple[Tensor, Tensor]:
     """Rescale each pair of images (B, C, ...) linearly, so that the two together span [low, high].
@@ -154,7 +164,6 @@ class PartnerIndex:
         synthetic: records that were generated from them; ``source`` names the real one.
         num_synthetic: partners of each that are drawn from, the first by id.
         seed: of the draws.
-        case_key: of the data set, see :meth:`~fairdiff_lightning.data.native.NativeDataset.case_key`.
 
     Attributes:
         alone: ids of the real samples without a partner, which are trained on as they are; a warning counts them.
@@ -169,13 +178,12 @@ class PartnerIndex:
         synthetic: Sequence[Record],
         num_synthetic: int = 50,
         seed: int = 0,
-        case_key: Callable[[str], str] = str,
     ) -> None:
-        self.seed, self._case_key = seed, case_key
-        self._partners: dict[str, list[Record]] = {case_key(record.id): [] for record in real}
+        self.seed = seed
+        self._partners: dict[str, list[Record]] = {record.id: [] for record in real}
         for record in sorted(synthetic, key=lambda record: (record.id, record.digest)):
             self._partners_of_source(record).append(record)
-        self._partners = {key: found[:num_synthetic] for key, found in self._partners.items()}
+        self._partners = {name: found[:num_synthetic] for name, found in self._partners.items()}
         self.alone = [record.id for record in real if not self.partners(record)]
         if self.alone and num_synthetic > 0:
             rank_zero_warn(
@@ -185,7 +193,7 @@ class PartnerIndex:
 
     def partners(self, record: Record) -> Sequence[Record]:
         """The synthetic samples that a real one may be merged with."""
-        return self._partners[self._case_key(record.id)]
+        return self._partners[record.id]
 
     def draw(self, record: Record, epoch: int) -> Record | None:
         """The partner of a real sample in an epoch, always the same for one seed; None without any."""
@@ -196,7 +204,7 @@ class PartnerIndex:
         return partners[int(torch.randint(len(partners), (1,), generator=draws))]
 
     def _partners_of_source(self, record: Record) -> list[Record]:
-        found = None if record.source is None else self._partners.get(self._case_key(record.source))
+        found = None if record.source is None else self._partners.get(record.source)
         if found is None:
             source = "names no source" if not record.source else f"was made from '{record.source}'"
             raise ValueError(

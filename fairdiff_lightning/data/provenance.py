@@ -1,4 +1,4 @@
-"""Which real cases a model has seen: kept in its checkpoint, and beside what it generates."""
+"""Which real cases a model has seen: kept in its checkpoint and its folder, and beside what it generates."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from fairdiff_lightning.data.native import Record, atomic_path
 
 TRAINING_CASES = "training_cases.txt"
-"""Lists, in a folder of generated samples, what their generator was trained on."""
+"""Lists, in a folder of generated samples or of a generator's weights, what the generator was trained on."""
 MOST_NAMED = 5
 
 
@@ -39,14 +39,19 @@ def refuse_seen(what: str, seen: frozenset[str], held_out: Iterable[Record]) -> 
         )
 
 
+def refuse_generator(folder: Path, held_out: Iterable[Record]) -> None:
+    """:func:`refuse_seen` for the generator of a folder's samples, by what lies beside them."""
+    refuse_seen(f"the generator of '{folder}'", read_training_cases(folder), held_out)
+
+
 def write_training_cases(folder: Path, seen: frozenset[str]) -> None:
-    """Keep what a generator was trained on beside what it makes."""
+    """Keep what a generator was trained on beside what it makes, or beside its own weights."""
     with atomic_path(folder / TRAINING_CASES) as path:
         path.write_text("".join(f"{mark}\n" for mark in sorted(seen)), encoding="utf-8")
 
 
 def read_training_cases(folder: Path) -> frozenset[str]:
-    """What the generator of a folder's samples was trained on; nothing where that is not told."""
+    """What the generator of a folder's samples, or the one in a folder, was trained on; nothing where none tells."""
     path = folder / TRAINING_CASES
     return frozenset(path.read_text(encoding="utf-8").splitlines()) if path.is_file() else frozenset()
 

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import csv
-import hashlib
-import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from fairdiff_lightning.data.errors import InvalidSampleError
 from fairdiff_lightning.data.frames import Frame
 from fairdiff_lightning.data.mixing import equal_scale, quotas
 from fairdiff_lightning.data.native import NativeDataset, Record
-from fairdiff_lightning.data.sample import UNKNOWN, AttributeSpec, Sample, collate
+from fairdiff_lightning.data.sample import UNKNOWN, Sample, collate
 from fairdiff_lightning.data.samplers import SequentialShards
 from fairdiff_lightning.data.seeding import derive_seed, generator
 
@@ -32,6 +28,8 @@ class GenerationPlan:
 
     Args:
         per_group: samples of every group.
+        per_source: samples that follow each mask, whatever its group; a mask of unknown group is followed too. How
+            ``masks`` and ``backgrounds`` pair is told by the other counts alone.
         total: samples over all groups, divided evenly; with ``equal_scale`` the size of the mixed training set instead.
         equal_scale: make what each group lacks for an Equal-Scale set of ``total`` (as many as there are real training
             samples of the balanced groups when None).
@@ -43,10 +41,12 @@ class GenerationPlan:
         prefix: first part of the ids.
 
     Raises:
-        ValueError: when it is not said how many, or twice, or fewer than one.
+        ValueError: when it is not said how many, or twice, or fewer than one; for ``per_source`` without masks of their
+            own, and for other contradictions.
     """
 
     per_group: int | None = None
+    per_source: int | None = None
     total: int | None = None
     equal_scale: bool = False
     masks: str | None = None
@@ -55,10 +55,18 @@ class GenerationPlan:
     prefix: str = "synthetic"
 
     def __post_init__(self) -> None:
-        if (self.per_group is None) == (self.total is None and not self.equal_scale):
+        balanced = self.total is not None or self.equal_scale
+        if (self.per_group is not None) + (self.per_source is not None) + balanced != 1:
             raise ValueError(
-                f"generate: per_group={self.per_group}, total={self.total}, equal_scale={self.equal_scale}; give "
-                "per_group, or total, or equal_scale with or without total."
+                f"generate: per_group={self.per_group}, per_source={self.per_source}, total={self.total}, "
+                f"equal_scale={self.equal_scale}; give one of per_group, per_source, total, or equal_scale with or "
+                "without total."
+            )
+        if self.per_source is not None and (self.masks in (None, OWN_MASKS) or self.backgrounds is not None):
+            raise ValueError(
+                f"generate: per_source={self.per_source} with masks={self.masks!r} and backgrounds="
+                f"{self.backgrounds!r}: it counts the samples of each mask that is followed. Give masks='train' or a "
+                "folder of masks and no backgrounds, or say how many by per_group, total or equal_scale."
             )
         if self.backgrounds == TRAINING and self.masks != OWN_MASKS:
             raise ValueError(
@@ -67,18 +75,22 @@ class GenerationPlan:
             )
         if self.masks == OWN_MASKS and self.backgrounds is None:
             raise ValueError("generate: masks='own' are those of backgrounds; say which `backgrounds`.")
-        for name, count in (("per_group", self.per_group), ("total", self.total)):
+        for name in ("per_group", "per_source", "total"):
+            count = getattr(self, name)
             if count is not None and count < 1:
                 raise ValueError(f"generate: {name}={count}; ask for 1 sample or more, or give no plan at all.")
 
-    def counts(self, real: Mapping[str, int]) -> dict[str, int]:
+    def counts(self, real: Mapping[str, int], masks: Mapping[str, int]) -> dict[str, int]:
         """Samples to make of each group.
 
         Args:
             real: group -> number of its real training samples.
+            masks: group -> number of masks to follow, which ``per_source`` counts.
         """
         if self.per_group is not None:
             return dict.fromkeys(real, self.per_group)
+        if self.per_source is not None:
+            return {group: self.per_source * count for group, count in masks.items()}
         if self.equal_scale:
             size = sum(real.values()) if self.total is None else self.total
             return {group: made for group, (_, made) in equal_scale(real, size).items()}
@@ -93,6 +105,7 @@ class Request:
         id: of the sample to come; with the plan's seed it settles everything random.
         seed: in [0, 2**63).
         group: index of its group, -1 when unknown.
+        round: how many earlier requests of its group follow the same mask; where none is followed, how many there are.
         condition: the record whose mask it follows.
         background: the record whose image the lesion is put into.
     """
@@ -100,6 +113,7 @@ class Request:
     id: str
     seed: int
     group: int
+    round: int = 0
     condition: Record | None = None
     background: Record | None = None
 
@@ -139,17 +153,29 @@ def make_requests(
     """
     if plan.equal_scale and attribute is None:
         raise ValueError("generate: equal_scale without attributes: name the one to balance, or give total alone.")
-    counts = plan.counts({name: real[index] for index, name in groups.items()})
+    if plan.per_source is not None and attribute is not None:
+        groups = {**groups, UNKNOWN: "unknown"}
+    followed = {index: _of_group("mask", plan.masks, masks, attribute, index) for index in groups}
+    counts = plan.counts(
+        {name: real.get(index, 0) for index, name in groups.items()},
+        {name: len(followed[index] or ()) for index, name in groups.items()},
+    )
+    if plan.per_source is not None and not any(counts.values()):
+        raise ValueError(f"generate: per_source={plan.per_source}, but '{plan.masks}' has no mask of a wanted group.")
+    made_for = {scan.id: scan for scan in backgrounds or ()}
     requests = []
     for index, name in groups.items():
-        conditions = _chosen("mask", plan.masks, masks, counts[name], plan.seed, name, attribute, index)
-        scans = _chosen("background", plan.backgrounds, backgrounds, counts[name], plan.seed, name, attribute, index)
-        made_for = {scan.id: scan for scan in backgrounds or ()}
+        pool = _of_group("background", plan.backgrounds, backgrounds, attribute, index)
+        conditions = _in_turn("mask", plan, followed[index], counts[name], name, attribute)
+        scans = _in_turn("background", plan, pool, counts[name], name, attribute)
+        met: Counter[str] = Counter()
         for k, (condition, scan) in enumerate(zip(conditions, scans, strict=True)):
             sample_id = f"{plan.prefix}_{_slug(name)}_{k:05d}"
             background = made_for.get(condition.source or "", scan) if condition else scan
             follow = background if plan.masks == OWN_MASKS else condition
-            requests.append(Request(sample_id, derive_seed(plan.seed, sample_id), index, follow, background))
+            key = "" if follow is None else follow.id
+            requests.append(Request(sample_id, derive_seed(plan.seed, sample_id), index, met[key], follow, background))
+            met[key] += 1
     return requests
 
 
@@ -203,6 +229,11 @@ class RequestBatches(Dataset[Sample]):
     def __getitem__(self, index: int) -> Sample:
         return collate([self._sample(request) for request in self.batches[index]])
 
+    def followed(self, replicas: int, rank: int) -> list[Record]:
+        """The distinct records that the requests of one process follow."""
+        conditions = (request.condition for batch in self.batches[rank::replicas] for request in batch)
+        return list({record.id: record for record in conditions if record is not None}.values())
+
     def loader(self, num_workers: int, replicas: int, rank: int) -> DataLoader[Sample]:
         """Yields the batches in order, each exactly once over all devices."""
         return DataLoader(self, None, sampler=SequentialShards(self, replicas, rank), num_workers=num_workers)
@@ -212,6 +243,7 @@ class RequestBatches(Dataset[Sample]):
         asked: Sample = {  # type: ignore[typeddict-item] # a request has no image, and a mask only as a condition
             "id": request.id,
             "seed": torch.tensor(request.seed),
+            "round": torch.tensor(request.round),
             "attributes": {a: torch.tensor(g) for a, g in zip(self.attributes, groups, strict=False)},
         }
         if request.condition is None and request.background is None:
@@ -220,74 +252,28 @@ class RequestBatches(Dataset[Sample]):
         return cast(Sample, {**asked, **self.read(request), **followed})
 
 
-def read_masks(folder: Path, dataset: NativeDataset, specs: Sequence[AttributeSpec]) -> list[Record]:
-    """Records of masks that a generator wrote, alone or with images, from the folder's ``manifest.csv``.
-
-    Args:
-        folder: where ``SyntheticDatasetWriter`` wrote them.
-        dataset: in whose layout they are.
-        specs: attributes whose groups the table names.
-
-    Raises:
-        InvalidSampleError: when there is no table, or a row names no file or an unknown group.
-    """
-    table = folder / MANIFEST
-    if not table.is_file():
-        raise InvalidSampleError(table, "no such file", "the folder of a finished `predict` of a generator of masks")
-    records = []
-    with table.open(newline="", encoding="utf-8") as stream:
-        for row in csv.DictReader(stream):
-            file = dataset.mask_file(folder / row["file"])
-            if not file.is_file():
-                raise InvalidSampleError(table, f"row '{row['id']}' with the missing file '{file}'", "a file")
-            attributes = {spec.name: _group_index(row.get(spec.name, ""), spec, table) for spec in specs}
-            files = {"image": str(file), "mask": str(file)}
-            source = row.get("source", row["id"]) or None  # predictions have no source: they are of the cases they name
-            digest = hashlib.sha256(json.dumps(row).encode()).hexdigest()[:12]
-            records.append(Record(row["id"], files, attributes, row["id"], None, True, source, digest))
-    return records
+def _of_group(
+    kind: str, place: str | None, records: Sequence[Record] | None, attribute: str | None, index: int
+) -> Sequence[Record] | None:
+    """The records that samples of one group may follow, None where they follow none; healthy scans are of no group."""
+    if records is None or attribute is None or (kind == "background" and place != TRAINING):
+        return records
+    return [record for record in records if record.attributes[attribute] == index]
 
 
-def condition_masks(
-    plan: GenerationPlan, training: Sequence[Record], dataset: NativeDataset, specs: Sequence[AttributeSpec]
-) -> list[Record] | None:
-    """The masks that a plan wants to be followed; None when it wants none.
-
-    Args:
-        plan: what to generate.
-        training: real training samples.
-        dataset: that the samples are of.
-        specs: attributes of the data.
-
-    Raises:
-        InvalidSampleError: when the plan's folder holds no table of masks.
-    """
-    if plan.masks in (None, OWN_MASKS):
-        return None
-    return list(training) if plan.masks == TRAINING else read_masks(Path(str(plan.masks)), dataset, specs)
-
-
-def _chosen(
-    kind: str,
-    place: str | None,
-    records: Sequence[Record] | None,
-    count: int,
-    seed: int,
-    group: str,
-    attribute: str | None,
-    index: int,
+def _in_turn(
+    kind: str, plan: GenerationPlan, pool: Sequence[Record] | None, count: int, group: str, attribute: str | None
 ) -> Sequence[Record | None]:
-    """The records of one group that its samples follow, or nothing for each; healthy scans are of no group."""
-    if records is None:
+    """The record that each sample of one group follows, or nothing for each."""
+    if pool is None:
         return [None] * count
-    healthy = kind == "background" and place != TRAINING
-    pool = [r for r in records if healthy or attribute is None or r.attributes[attribute] == index]
     if not pool and count:
+        place = plan.masks if kind == "mask" else plan.backgrounds
         raise ValueError(
             f"generate: no {kind} of '{attribute}' {group} in '{place}', but {count} samples of it are asked for. "
             "Generate masks of that group first, or leave the group out with `groups`."
         )
-    return _in_rounds(pool, count, (seed, f"{kind}s", group)) if pool else []
+    return _in_rounds(pool, count, (plan.seed, f"{kind}s", group)) if pool else []
 
 
 def _in_rounds(pool: Sequence[Record], count: int, names: tuple[int, str, str]) -> list[Record]:
@@ -297,14 +283,6 @@ def _in_rounds(pool: Sequence[Record], count: int, names: tuple[int, str, str]) 
     rounds = range(-(-count // len(pool)))
     orders = [torch.randperm(len(pool), generator=generator(*names, turn)).tolist() for turn in rounds]
     return [pool[i] for order in orders for i in order][:count]
-
-
-def _group_index(name: str, spec: AttributeSpec, table: Path) -> int:
-    if name in ("", "unknown"):
-        return UNKNOWN
-    if name not in spec.groups:
-        raise InvalidSampleError(f"{table}[{spec.name}]", f"{name!r}", f"one of {', '.join(spec.groups)} or nothing")
-    return spec.groups.index(name)
 
 
 def _slug(name: str) -> str:

@@ -32,8 +32,8 @@ from fairdiff_lightning.data.dicom_seg import (
 )
 from fairdiff_lightning.data.dicom_series import TO_RAS
 from fairdiff_lightning.data.errors import InvalidSampleError
+from fairdiff_lightning.data.grid import Volume
 from fairdiff_lightning.data.native import atomic_path
-from fairdiff_lightning.data.volumes import Volume
 from fairdiff_lightning.version import __version__
 
 Points = NDArray[np.float64]

@@ -34,6 +34,7 @@ class Sample(TypedDict, total=False):
         affine: float64 (4, 4) voxel to patient coordinates, mm.
         spacing: float32 (3,) voxel size, mm.
         seed: int64 scalar from which a generator draws everything random of this sample.
+        round: int64 scalar, which sample of its condition a request is, from 0.
         synthetic: bool scalar, True when a generator made it.
         source: id of the real case that a synthetic sample was derived from, empty when there is none.
         condition: id of what a synthetic sample was made to follow, a mask for example.
@@ -55,6 +56,7 @@ class Sample(TypedDict, total=False):
     affine: Tensor
     spacing: Tensor
     seed: Tensor
+    round: Tensor
     synthetic: Tensor
     source: Any
     condition: Any

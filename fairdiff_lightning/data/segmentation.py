@@ -8,13 +8,14 @@ from typing import Any, cast
 import torch
 
 from fairdiff_lightning.data.augmentation import random_patch
-from fairdiff_lightning.data.batch_augmentation import AugmentationName, picture_augmentation
+from fairdiff_lightning.data.batch_augmentation import AugmentationArgument, picture_augmentation
 from fairdiff_lightning.data.cache import Storage
 from fairdiff_lightning.data.captions import Caption, CaptionReader
 from fairdiff_lightning.data.dataset import SegmentationDataset
+from fairdiff_lightning.data.edges import DetectorArgument
 from fairdiff_lightning.data.frames import PictureFrame
 from fairdiff_lightning.data.native import NativeDataset, Record
-from fairdiff_lightning.data.native_module import DetectorArgument, NativeDataModule
+from fairdiff_lightning.data.native_module import NativeDataModule
 from fairdiff_lightning.data.requests import RequestReader
 from fairdiff_lightning.data.resize import Resize
 from fairdiff_lightning.data.sample import Sample
@@ -57,7 +58,7 @@ class SegmentationDataModule(NativeDataModule):
         num_points: int | None = None,
         patch_size: int | None = None,
         augment: bool = True,
-        augmentation: AugmentationName | None = None,
+        augmentation: AugmentationArgument | None = None,
         edges: DetectorArgument | None = None,
         prompt: str | None = None,
         **kwargs: Any,

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol, cast
+from typing import TYPE_CHECKING, Literal, Protocol, cast
 
 import numpy as np
 import torch
@@ -17,18 +17,22 @@ from fairdiff_lightning.data.edge_frame import EdgeFrame
 from fairdiff_lightning.data.edges import UNREADABLE
 from fairdiff_lightning.data.errors import InvalidSampleError
 from fairdiff_lightning.data.frames import PictureFrame, Tensors
-from fairdiff_lightning.data.native import NativeDataset, Record, atomic_path, check_classes, visible_files
-from fairdiff_lightning.data.resize import centre_region, resize_image
-from fairdiff_lightning.data.volumes import Array, Volume, Window
+from fairdiff_lightning.data.native import NativeDataset, Record, atomic_path, check_classes
+from fairdiff_lightning.data.resize import Region, centre_region, resize_image
+from fairdiff_lightning.data.volumes import Array, Window
+
+if TYPE_CHECKING:
+    from fairdiff_lightning.metrics.functional import EmptyPolicy
 
 Plane = tuple[int, int]
 """Height and width, pixels."""
-Missing = Literal["error", "background", "stretch"]
 SLICES, MASKS, ARCHIVE = "slices", "masks", ".npz"
 PERCENTILES = (0.5, 99.5)
 """Of a slice, that are 0 and 1."""
 FLOOR = -256.0
 """Nothing below it is 0: air would take most of the range of a slice of CT, HU."""
+TOLERANCE = 0.01
+"""Of the place of a crop in its slice, pixels."""
 ID = re.compile(r"(?P<case>.+)_z(?P<z>\d{3,})")
 
 
@@ -59,7 +63,7 @@ class SliceFrame(PictureFrame):
         check_classes(mask, len(dataset.classes), str(record.files))
         reader = cast(SliceReader, dataset)
         if self.legacy:
-            resized = _spline(self._shown(image), self.size)
+            resized = spline(self._shown(image), self.size)
             return scale(resized, reader.windows(record, resized)), self._framed(mask)
         scaled = scale(image, reader.windows(record, image))
         return resize_slice(self._shown(scaled), self.size), self._framed(mask)
@@ -116,16 +120,16 @@ def parse_slice_id(name: str) -> tuple[str, int]:
     return found["case"], int(found["z"])
 
 
-def by_case(slices: Mapping[str, Array]) -> dict[str, dict[int, Array]]:
-    """Slices by their names as case -> z -> slice.
+def by_case(names: Iterable[str]) -> dict[str, dict[int, str]]:
+    """Names of slices as case -> z -> name.
 
     Raises:
         ValueError: for a name that is no slice's.
     """
-    cases: dict[str, dict[int, Array]] = {}
-    for name, values in slices.items():
+    cases: dict[str, dict[int, str]] = {}
+    for name in names:
         case, z = parse_slice_id(name)
-        cases.setdefault(case, {})[z] = values
+        cases.setdefault(case, {})[z] = name
     return cases
 
 
@@ -155,6 +159,13 @@ def resize_slice(image: Array, size: Plane | None) -> Array:
     return resize_image(np.ascontiguousarray(image.transpose(1, 2, 0)), size, "area")
 
 
+def slice_affine(affine: NDArray[np.float64], z: int) -> NDArray[np.float64]:
+    """Affine of a slice, whose third index is 0, of a volume with slices along the last axis."""
+    moved = np.array(affine)
+    moved[:3, 3] += moved[:3, 2] * z
+    return moved
+
+
 def resized_affine(affine: NDArray[np.float64], size: Plane, new: Plane) -> NDArray[np.float64]:
     """Affine of a slice that is resized, so that its corners stay where they are."""
     factors = np.asarray(size) / np.asarray(new)
@@ -164,15 +175,34 @@ def resized_affine(affine: NDArray[np.float64], size: Plane, new: Plane) -> NDAr
     return moved
 
 
-def stack_slices(slices: Mapping[int, Array], depth: int, missing: Missing = "error") -> Array:
+def region_of(affine: NDArray[np.float64], size: Plane, whole: NDArray[np.float64], shape: Plane) -> Region | None:
+    """Where in a slice a resized crop of it lies: top, left, height and width, pixels; None where it does not.
+
+    Args:
+        affine: (4, 4) of the crop, as :meth:`SliceFrame.place` gives it.
+        size: height and width of the crop.
+        whole: (4, 4) of the slice, whose third index is 0.
+        shape: height and width of the slice.
+    """
+    move = np.linalg.inv(whole) @ affine
+    factors = np.diag(move)[:2]
+    corners = np.concatenate([move[:2, 3] + (1 - factors) / 2, factors * size])
+    top, left, height, width = np.rint(corners).astype(int).tolist()
+    upright = move[:, :3].copy()
+    upright[[0, 1], [0, 1]] = upright[2, 2] = 0
+    fits = np.abs(corners - np.rint(corners)).max() < TOLERANCE and np.abs(upright).max() < TOLERANCE
+    inside = min(top, left) >= 0 and min(height, width) > 0 and top + height <= shape[0] and left + width <= shape[1]
+    return (top, left, height, width) if fits and inside and abs(move[2, 3]) < TOLERANCE else None
+
+
+def stack_slices(slices: Mapping[int, Array], depth: int, stretch: bool = False) -> Array:
     """Put slices (..., H, W) of one case back to their z, (..., H, W, depth).
 
     Args:
         slices: z -> slice, all of one size.
         depth: slices of the volume.
-        missing: what is done about slices that are not given: ``error``; ``background``, they are 0; or ``stretch``,
-            the given ones are repeated over the whole depth as DiffBoost's code does, which moves them away from
-            their z and makes distances wrong.
+        stretch: repeat the given ones over the whole depth as DiffBoost's code does, which moves them away from their z
+            and makes distances wrong; else all must be given.
 
     Raises:
         ValueError: for slices outside of the volume, of several sizes, or missing ones, naming them.
@@ -184,39 +214,39 @@ def stack_slices(slices: Mapping[int, Array], depth: int, missing: Missing = "er
     if len(shapes) > 1:
         raise ValueError(f"slices of one case with the shapes {sorted(shapes)}; resize them to the file's own first.")
     absent = sorted(set(range(depth)) - set(order))
-    if absent and missing == "error":
-        raise ValueError(
-            f"{len(absent)} of {depth} slices are missing, z = {absent[:5]}; give all, or missing='background'."
-        )
+    if absent and not stretch:
+        raise ValueError(f"{len(absent)} of {depth} slices are missing, z = {absent[:5]}; give all of them.")
     found = np.stack([slices[z] for z in order], axis=-1)
-    if missing == "stretch":
-        nearest = ((np.arange(depth) + 0.5) * len(order) / depth).astype(np.intp)
-        return found[..., nearest]
-    volume = np.zeros((*found.shape[:-1], depth), found.dtype)
-    volume[..., order] = found
-    return volume
+    nearest = ((np.arange(depth) + 0.5) * len(order) / depth).astype(np.intp)
+    return found[..., nearest] if absent else found
 
 
-def volume_scores(prediction: Array, truth: Volume, classes: Sequence[str]) -> dict[str, float]:
-    """Scores of one case as a volume, in mm, by ``<score>/<class>``: dice, hausdorff95 and assd.
+def volume_scores(
+    prediction: torch.Tensor,
+    truth: torch.Tensor,
+    num_classes: int,
+    spacing: Sequence[float] | None = None,
+    empty: EmptyPolicy = "skip",
+) -> dict[str, torch.Tensor]:
+    """Scores (B, num_classes - 1) of volumes: ``dice`` and ``iou``, and with a spacing ``hd95`` and ``assd`` in mm.
 
     Args:
-        prediction: class indices (H, W, D).
-        truth: the same, with its place in the patient.
-        classes: their names, background first; a class that neither has scores NaN.
+        prediction: class indices (B, 1, H, W, D).
+        truth: the same.
+        num_classes: number of classes, the background included.
+        spacing: of the voxels, mm; None measures no distances.
+        empty: what a class that the truth lacks scores.
     """
     from fairdiff_lightning.metrics.functional import dice_score
     from fairdiff_lightning.metrics.surface import surface_scores
 
-    pred, true = (torch.from_numpy(mask.astype(np.int64))[None, None] for mask in (prediction, truth.array))
-    surfaces = surface_scores(pred, true, len(classes), truth.spacing.tolist())
-    found = {
-        "dice": dice_score(pred, true, len(classes)),
-        "hausdorff95": surfaces.hausdorff95,
-        "assd": surfaces.symmetric_distance,
-    }
-    names = classes[1:]
-    return {f"{score}/{name}": float(values[0, k]) for score, values in found.items() for k, name in enumerate(names)}
+    dice = dice_score(prediction, truth, num_classes, empty)
+    scores = {"dice": dice, "iou": dice / (2 - dice)}
+    if spacing is not None:
+        policy: Literal["skip", "reference"] = "reference" if empty == "reference" else "skip"
+        surfaces = surface_scores(prediction, truth, num_classes, spacing, empty=policy)
+        scores |= {"hd95": surfaces.hausdorff95, "assd": surfaces.symmetric_distance}
+    return scores
 
 
 def is_archive(record: Record) -> bool:
@@ -247,19 +277,17 @@ def load_arrays(path: str | Path, *required: str) -> dict[str, Array]:
     raise InvalidSampleError(path, f"no {', '.join(missing)}", "the keys image, mask and notes")
 
 
-def read_predictions(directory: str | Path) -> dict[str, Array]:
+def read_predictions(directory: str | Path, names: Iterable[str]) -> dict[str, Array]:
     """Masks (H, W) of slices that `predict` stored below a folder, by id.
 
     Raises:
-        FileNotFoundError: when there is none.
+        InvalidSampleError: for one that cannot be read.
     """
-    files = visible_files(Path(directory), f"{MASKS}/*{ARCHIVE}")
-    if not files:
-        raise FileNotFoundError(f"no {MASKS}/*{ARCHIVE} below '{directory}'; expected is what `predict` wrote.")
-    return {file.stem: load_arrays(file, "mask")["mask"] for file in files}
+    return {name: load_arrays(Path(directory) / MASKS / f"{name}{ARCHIVE}", "mask")["mask"] for name in names}
 
 
-def _spline(image: Array, size: Plane | None) -> Array:
+def spline(image: Array, size: Plane | None) -> Array:
+    """Resize (C, H, W) by a smoothed spline of first order, as DiffBoost's code does."""
     from skimage.transform import resize
 
     if size is None:

@@ -12,7 +12,6 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from fairdiff_lightning.data.native import atomic_path
 from fairdiff_lightning.data.sample import Sample
 from fairdiff_lightning.diffusion import (
     add_noise,
@@ -29,18 +28,19 @@ from fairdiff_lightning.diffusion.noise import Generators
 from fairdiff_lightning.diffusion.weighting import min_snr_weights
 from fairdiff_lightning.modules.adherence import MaskJudge
 from fairdiff_lightning.modules.data_facts import check_data, check_requests, chosen_attribute, group_of
-from fairdiff_lightning.modules.generative import GenerativeModule
+from fairdiff_lightning.modules.generative import GenerativeModule, rounds_of
 from fairdiff_lightning.modules.partly_trained import PartlyTrained
+from fairdiff_lightning.modules.saved_pipeline import save_pipeline, saved_training_cases
 from fairdiff_lightning.networks.checkpoint import LoadReport, Source, describe, read_state_dict
 from fairdiff_lightning.networks.cldm import load_cldm, to_cldm
 from fairdiff_lightning.networks.condition import Condition, resize_labels
 from fairdiff_lightning.networks.controlnet import build_controlnet
 from fairdiff_lightning.networks.latent_diffusion import TINY, load_base, make_pipeline
 from fairdiff_lightning.networks.prompt_mixture import Preset, PromptMixture
-from fairdiff_lightning.networks.prompts import GROUP, LEARNED_FILE, Prompts
+from fairdiff_lightning.networks.prompts import GROUP, Prompts
 
 SHARED_NOISES = 50
-"""That DiffBoost's code draws every slice's samples from."""
+"""That DiffBoost's code draws every slice's samples from, each once."""
 
 
 class ControlNetSynth(PartlyTrained, GenerativeModule):
@@ -57,7 +57,7 @@ class ControlNetSynth(PartlyTrained, GenerativeModule):
         base_args: of the tiny base: arguments of ``UNet2DConditionModel``, ``patch_size`` and ``scaling_factor``.
         pretrained: load the weights of UNet and autoencoder of ``base``; False needs their configurations alone.
         controlnet: what the control branch starts from: None grows it from the UNet; else a folder or hub id of
-            diffusers, or a file in the original ``cldm`` layout.
+            diffusers, a checkpoint of this module, or a file in the original ``cldm`` layout.
         trained: ``controlnet``; ``controlnet+decoder`` also trains the UNet's output blocks and head, as FairDiff does;
             ``all`` the whole UNet, which a base without trained weights needs.
         num_classes: number of classes of the mask, the background included.
@@ -77,7 +77,8 @@ class ControlNetSynth(PartlyTrained, GenerativeModule):
         min_snr_gamma: bound of the min-SNR weights; None weighs all steps alike.
         guidance_scale: of classifier-free guidance; 1 is none, and half the work.
         num_steps: sampling steps.
-        shared_noises: how many noises all samples share; None gives each its own, of its seed.
+        shared_noises: how many noises all conditions share: the k-th sample of each takes the k-th noise, and after the
+            last the first again. None gives each sample its own, of its seed.
         scheduler: diffusers' scheduler of the training noise (variance-preserving), on the base's schedule.
         scheduler_args: its arguments; the sampler follows them where it has them too.
         sampler: diffusers' scheduler that samples.
@@ -184,6 +185,7 @@ class ControlNetSynth(PartlyTrained, GenerativeModule):
             controlnet, self.unet, self.factor, self.condition.channels, silent=parts.trained
         )
         self._schedule = SimpleNamespace(config={**parts.noise, **(scheduler_args or {})})
+        self.training_cases = saved_training_cases(base, controlnet)
         self.noise = build_training_scheduler(scheduler, scheduler_args, like=self._schedule)
         self.make_sampler()  # so that a wrong name or argument is found now
         self._freeze(trained)
@@ -260,11 +262,13 @@ class ControlNetSynth(PartlyTrained, GenerativeModule):
 
     @torch.no_grad()
     def generate(self, requests: Sample) -> dict[str, Any]:
-        """Images (B, C, H, W) in [0, 1] for requests with ``seed`` and a condition, and their masks at that size."""
+        """Images (B, C, H, W) in [0, 1] for requests with condition, ``seed`` and ``round``, and masks of that size."""
         self._check_keys(requests)
         self.condition.check_values(requests)
-        seeds = requests["seed"] if self.shared_noises is None else requests["seed"] % self.shared_noises
-        images = self.sample(self.condition(requests), self._prompts_of(requests, sampling=True), seeds)
+        mixture, shared = self.prompts.mixture, self.shared_noises
+        rounds = rounds_of(requests, needed=bool(shared or (mixture and mixture.counts_rounds)))
+        seeds = requests["seed"] if shared is None else rounds % shared
+        images = self.sample(self.condition(requests), self._prompts_of(requests, rounds), seeds)
         made = {"image": images}
         return made | ({"mask": resize_labels(requests["mask"], self.image_size)} if "mask" in requests else {})
 
@@ -348,24 +352,20 @@ class ControlNetSynth(PartlyTrained, GenerativeModule):
         """Save the pipeline in diffusers' layout, with learned prompts as ``prompts.safetensors``.
 
         ``StableDiffusionControlNetPipeline.from_pretrained(folder)`` reads it, and so does this module with
-        ``base=folder, controlnet=folder/controlnet``, learned prompts included.
+        ``base=folder, controlnet=folder/controlnet``, learned prompts included. Either folder tells which cases were
+        trained on, where that is known.
         """
-        from safetensors.torch import save_file
+        save_pipeline(Path(folder), self.to_pipeline(), self.prompts.learned, self.training_cases)
 
-        self.to_pipeline().save_pretrained(str(folder))
-        if self.prompts.learned is not None:
-            with atomic_path(Path(folder) / LEARNED_FILE) as temporary:
-                save_file({"prompts": self.prompts.learned.detach().cpu().contiguous()}, str(temporary))
-
-    def _prompts_of(self, batch: Sample, sampling: bool = False) -> Tensor:
-        """Embeddings (B, L, D) of the samples' prompts, in sampling of what the mixture makes of them."""
-        seeds = batch["seed"] if sampling and self.prompts.mixture is not None else None
+    def _prompts_of(self, batch: Sample, rounds: Tensor | None = None) -> Tensor:
+        """Embeddings (B, L, D) of the samples' prompts; with rounds (B,), in sampling, of what the mixture makes."""
+        rounds = rounds if self.prompts.mixture is not None else None
         if self.prompts.encoder is not None and "prompt" in batch:
-            return self.prompts.encode(list(batch["prompt"]), self.device, seeds)
+            return self.prompts.encode(list(batch["prompt"]), self.device, rounds)
         unnamed = torch.zeros(len(batch["id"]), dtype=torch.int64, device=self.device)
         group = group_of(batch, str(self.attribute)) if self._named_groups else unnamed
-        if seeds is not None:
-            return self.prompts.encode(self.prompts.texts(group), self.device, seeds)
+        if rounds is not None:
+            return self.prompts.encode(self.prompts.texts(group), self.device, rounds)
         prompts: Tensor = self.prompts(group)
         return prompts
 

@@ -17,6 +17,9 @@ from fairdiff_lightning.diffusion import generators
 from fairdiff_lightning.diffusion.noise import Generators
 from fairdiff_lightning.modules.optimization import configure
 
+TRAINING_CASES = "training_cases"
+"""Where checkpoints of modules and of data modules tell which real cases were trained on."""
+
 CARRIED = ("id", "attributes", "seed", "source", "condition", "prompt", "affine")
 """What a generated sample takes over from its request."""
 
@@ -30,6 +33,10 @@ class GenerativeModule(LightningModule, ABC):
             length by itself.
         lr_interval: when the scheduler steps.
         num_validation_samples: samples that each validation generates, over all devices, for pictures and metrics.
+
+    Attributes:
+        training_cases: :func:`~fairdiff_lightning.data.provenance.marks` of the real cases that it was trained on, kept
+            in checkpoints; empty where they are not known.
     """
 
     monitor: str = "val/loss"
@@ -48,6 +55,7 @@ class GenerativeModule(LightningModule, ABC):
         self.lr_interval: Literal["step", "epoch"] = lr_interval
         self.num_validation_samples = num_validation_samples
         self._validation_budget = 0
+        self.training_cases: frozenset[str] = frozenset()
 
     @abstractmethod
     def losses(self, batch: Sample) -> dict[str, Tensor]:
@@ -60,12 +68,19 @@ class GenerativeModule(LightningModule, ABC):
     def generate(self, requests: Sample) -> dict[str, Any]:
         """Answer a batch of requests: ``image`` in [0, 1] and ``mask``, or one of them.
 
-        Everything random comes from ``requests["seed"]`` (B,) int64.
+        Everything random comes from ``requests["seed"]`` (B,) int64, or from ``round`` (B,), which sample of its
+        condition each one is, where samples of all conditions are to share what is random.
         """
 
     def draws(self, batch: Sample) -> Generators | None:
         """A generator for each sample of a batch with ``seed``; None in training, where every epoch needs new noise."""
         return generators(batch["seed"]) if "seed" in batch and not self.training else None
+
+    def on_train_start(self) -> None:
+        """Note what the data module trains on, and what it knows that an earlier run did."""
+        data: Any = getattr(self.trainer, "datamodule", None)
+        told = data.state_dict() if data is not None else {}
+        self.training_cases |= frozenset(told.get(TRAINING_CASES, ()))
 
     def training_step(self, batch: Sample, batch_idx: int) -> Tensor:
         """One step on a batch of the contract."""
@@ -88,7 +103,7 @@ class GenerativeModule(LightningModule, ABC):
         """
         size = len(batch["id"])
         seeds = torch.tensor([derive_seed("validation", name) for name in batch["id"]])
-        batch = cast(Sample, {**batch, "seed": seeds})
+        batch = cast(Sample, {**batch, "seed": seeds, "round": torch.zeros_like(seeds)})
         losses = {f"val/{name}": value for name, value in self.losses(batch).items()}
         self.log_dict(losses, batch_size=size, sync_dist=True)
         count = min(self._validation_budget, self.num_requests(batch))
@@ -105,13 +120,37 @@ class GenerativeModule(LightningModule, ABC):
         synthetic = torch.ones(len(batch["id"]), dtype=torch.bool)
         return {**carried, "synthetic": synthetic, **self.generate(batch)}
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep which cases were trained on with the weights, whoever loads them."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint[TRAINING_CASES] = sorted(self.training_cases)
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Warn when training would go on from averaged weights."""
+        """Learn which cases were trained on; warn when training would go on from averaged weights."""
+        self.training_cases |= frozenset(checkpoint.get(TRAINING_CASES, ()))
         warn_about_lost_ema(checkpoint, self._trainer)
 
     def configure_optimizers(self) -> Any:
         """The optimizer on what is trainable, and its schedule."""
         return configure(self, self.optimizer, self.lr_scheduler, self.lr_interval, self.monitor)
+
+
+def rounds_of(requests: Sample, needed: bool) -> Tensor:
+    """Which sample of its condition each request is (B,), from 0; all 0 where that is not needed.
+
+    Raises:
+        ValueError: when it is needed and they do not tell.
+    """
+    given = dict[str, Any](requests)
+    if not needed:
+        return torch.zeros_like(requests["seed"])
+    if "round" not in given:
+        raise ValueError(
+            f"the requests '{requests['id'][0]}' ... have {sorted(given)}, but noises or phrases are shared by all "
+            "conditions: 'round' (B,) is needed, which sample of its condition each one is, from 0. The requests of a "
+            "data module have it."
+        )
+    return torch.as_tensor(given["round"])
 
 
 def first(batch: Sample, count: int) -> Sample:

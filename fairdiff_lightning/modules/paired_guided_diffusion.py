@@ -37,7 +37,7 @@ from fairdiff_lightning.diffusion.weighting import min_snr_weights
 from fairdiff_lightning.metrics.mask_plausibility import MaskPlausibility
 from fairdiff_lightning.metrics.noise_levels import LossByNoise
 from fairdiff_lightning.modules.data_facts import check_data, check_requests, chosen_attribute, group_of
-from fairdiff_lightning.modules.generative import GenerativeModule
+from fairdiff_lightning.modules.generative import TRAINING_CASES, GenerativeModule
 from fairdiff_lightning.networks.checkpoint import (
     LoadReport,
     Source,
@@ -248,7 +248,8 @@ class PairedGuidedDiffusion(GenerativeModule):
         state = {k.removeprefix("guider."): w for k, w in read_state_dict(path).items() if k.startswith("guider.")}
         if not state:
             raise ValueError(f"guider_checkpoint='{path}' holds no guider; expected is a checkpoint of stage='guider'.")
-        saved = read_checkpoint(Path(path)).get("hyper_parameters", {})
+        checkpoint = read_checkpoint(Path(path))
+        saved = checkpoint.get("hyper_parameters", {})
         for fact in GUIDER_FACTS:
             found, wanted = saved.get(fact), self.hparams[fact]
             if fact in saved and (found or None) != (wanted or None):
@@ -256,6 +257,7 @@ class PairedGuidedDiffusion(GenerativeModule):
         guider = self._part("guider")
         check_state_dict(state, guider.state_dict(), f"guider_checkpoint='{path}'")
         guider.load_state_dict(state)
+        self.training_cases |= frozenset(checkpoint.get(TRAINING_CASES, ()))
         self._has_guider = True
 
     def load_reference_weights(self, source: Source, network: Literal["guider", "target"]) -> LoadReport:

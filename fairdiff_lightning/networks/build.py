@@ -7,13 +7,14 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pkgutil import resolve_name
 from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
 
 TransUNetName = Literal["vit_b16", "r50_vit_b16", "tiny"]
-MonaiName = Literal["unet", "attention_unet", "dynunet", "swin_unetr", "segresnet"]
-NetworkName = Literal[TransUNetName, MonaiName, "samed", "resunet3d"]
+MonaiName = Literal["unet", "attention_unet", "dynunet", "swin_unetr", "unetr", "segresnet"]
+NetworkName = Literal[TransUNetName, MonaiName, "resnet_unet", "samed", "resunet3d"]
 
 Sides = tuple[int, ...]
 _PYRAMID: dict[str, Any] = {"channels": (16, 32, 64, 128, 256), "strides": (2, 2, 2, 2)}
@@ -23,17 +24,21 @@ _MAX_HALVINGS, _MIN_SIDE = 4, 4
 
 @dataclass(frozen=True)
 class _Recipe:
-    """How a network of MONAI is made.
+    """How a network that halves and restores an image is made.
 
     Attributes:
-        class_name: in ``monai.networks.nets``.
+        path: of its class.
         defaults: our arguments, given the image's sides and the user's arguments.
         multiples: what each side must be a multiple of, given all arguments and the number of sides.
+        one_size: whether it takes images of the size alone that it is made for, its ``img_size``.
+        unused: part of the names of weights that it never uses; they are frozen, since DDP waits for every gradient.
     """
 
-    class_name: str
+    path: str
     defaults: Callable[[Sides, Mapping[str, Any]], dict[str, Any]]
     multiples: Callable[[Mapping[str, Any], int], Sides]
+    one_size: bool = False
+    unused: str | None = None
 
 
 def build_network(
@@ -48,7 +53,8 @@ def build_network(
     Args:
         name: a variant of :class:`~fairdiff_lightning.networks.TransUNet`; ``samed``
             (:class:`~fairdiff_lightning.networks.samed.SAMed`); ``resunet3d``
-            (:class:`~fairdiff_lightning.networks.resunet3d.ResUNet3D`); or a network of MONAI.
+            (:class:`~fairdiff_lightning.networks.resunet3d.ResUNet3D`); ``resnet_unet``
+            (:class:`~fairdiff_lightning.networks.resnet_unet.ResNetUNet`); or a network of MONAI.
         in_channels: channels of the image.
         num_classes: number of classes, the background included.
         image_size: side, or height and width, of the image; three sides make a network for volumes. Transformers are
@@ -58,7 +64,7 @@ def build_network(
 
     Raises:
         ValueError: for an unknown name or argument, with those that there are; for sides that the network cannot halve,
-            here and when a network of MONAI sees an image.
+            here and when the network sees an image.
     """
     sides = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
     if len(sides) not in (2, 3):
@@ -68,14 +74,17 @@ def build_network(
     unknown = sorted(set(arguments) - accepted)
     if unknown:
         raise ValueError(f"network {name!r} takes no argument {unknown}; it takes {', '.join(sorted(accepted))}.")
-    if name not in _MONAI:
+    if name not in _RECIPES:
         return cls(**fixed, **arguments)
-    recipe = _MONAI[name]
+    recipe = _RECIPES[name]
     chosen = {**recipe.defaults(sides, arguments), **arguments}
     multiples = recipe.multiples(chosen, len(sides))
     check_sides(name, multiples, sides)
     network = cls(**fixed, **chosen)
-    network.register_forward_pre_hook(partial(_check_image, name, multiples))
+    for key, weight in network.named_parameters():
+        if recipe.unused is not None and recipe.unused in key:
+            weight.requires_grad_(False)
+    network.register_forward_pre_hook(partial(_check_image, name, multiples, sides if recipe.one_size else None))
     return network
 
 
@@ -127,12 +136,12 @@ def _network_class(
         from fairdiff_lightning.networks.resunet3d import ResUNet3D
 
         return ResUNet3D, ours
-    if name in _MONAI:
-        from monai.networks import nets
-
-        fixed = {"spatial_dims": len(sides), "in_channels": in_channels, "out_channels": num_classes}
-        return getattr(nets, _MONAI[name].class_name), fixed
-    names = (*get_args(TransUNetName), *_MONAI, "samed", "resunet3d")
+    if name in _RECIPES:
+        recipe = _RECIPES[name]
+        theirs: dict[str, Any] = {"spatial_dims": len(sides), "in_channels": in_channels, "out_channels": num_classes}
+        theirs |= {"img_size": sides} if recipe.one_size else {}
+        return resolve_name(recipe.path), theirs if name in get_args(MonaiName) else ours
+    names = (*get_args(TransUNetName), *_RECIPES, "samed", "resunet3d")
     raise ValueError(f"network {name!r} is not known; choose one of {', '.join(names)}.")
 
 
@@ -173,14 +182,36 @@ def _segresnet_multiples(arguments: Mapping[str, Any], dims: int) -> Sides:
     return (2 ** (len(arguments["blocks_down"]) - 1),) * dims
 
 
-def _check_image(name: str, multiples: Sides, network: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-    check_sides(name, multiples, tuple(inputs[0].shape[2:]))
+def _check_image(
+    name: str, multiples: Sides, only: Sides | None, network: nn.Module, inputs: tuple[Tensor, ...]
+) -> None:
+    sides = tuple(inputs[0].shape[2:])
+    check_sides(name, multiples, sides)
+    if only is not None and sides != only:
+        raise ValueError(
+            f"an image of {sides} pixels in network {name!r}, which is made for {only}: resize it, or set image_size."
+        )
 
 
-_MONAI: dict[str, _Recipe] = {
-    "unet": _Recipe("UNet", lambda sides, arguments: {**_PYRAMID, "num_res_units": 2}, _stride_products),
-    "attention_unet": _Recipe("AttentionUnet", lambda sides, arguments: _PYRAMID, _stride_products),
-    "dynunet": _Recipe("DynUNet", _dynunet_defaults, _stride_products),
-    "swin_unetr": _Recipe("SwinUNETR", lambda sides, arguments: {"patch_size": 2}, _swin_multiples),
-    "segresnet": _Recipe("SegResNet", lambda sides, arguments: {"blocks_down": (1, 2, 2, 4)}, _segresnet_multiples),
+_NETS = "monai.networks.nets"
+_RECIPES: dict[str, _Recipe] = {
+    "unet": _Recipe(f"{_NETS}.UNet", lambda sides, arguments: {**_PYRAMID, "num_res_units": 2}, _stride_products),
+    "attention_unet": _Recipe(f"{_NETS}.AttentionUnet", lambda sides, arguments: _PYRAMID, _stride_products),
+    "dynunet": _Recipe(f"{_NETS}.DynUNet", _dynunet_defaults, _stride_products),
+    "swin_unetr": _Recipe(f"{_NETS}.SwinUNETR", lambda sides, arguments: {"patch_size": 2}, _swin_multiples),
+    "unetr": _Recipe(
+        f"{_NETS}.UNETR",
+        lambda sides, arguments: {},
+        lambda arguments, dims: (16,) * dims,
+        one_size=True,
+        unused="norm_cross_attn",
+    ),
+    "segresnet": _Recipe(
+        f"{_NETS}.SegResNet", lambda sides, arguments: {"blocks_down": (1, 2, 2, 4)}, _segresnet_multiples
+    ),
+    "resnet_unet": _Recipe(
+        "fairdiff_lightning.networks.resnet_unet.ResNetUNet",
+        lambda sides, arguments: {},
+        lambda arguments, dims: (32, 32),
+    ),
 }

@@ -26,7 +26,8 @@ PHRASES = (
     *("Motion compensation", "Image compression", "Denoised image", "Speckle reduction", "Inpainting", "Clustering"),
     *("Vignette correction", "Lens distortion", "Changed perspective", "Reflections", "Shadows", "Image blending"),
 )
-"""DiffBoost's fifty topics in their order, in our own words; they weigh half a percent."""
+"""DiffBoost's fifty topics in their order, which weigh half a percent; the words are our own, so that the hash of the
+original list is another."""
 
 
 class PromptMixture:
@@ -37,7 +38,8 @@ class PromptMixture:
 
     Args:
         weights: text -> weight, or the name of a preset. In a text, ``{prompt}`` stands for the sample's own prompt,
-            and ``{phrase}`` for one of :data:`PHRASES`, the one at the sample's seed modulo their number.
+            and ``{phrase}`` for one of :data:`PHRASES`: the k-th sample of a condition takes the k-th of them, and
+            after the last the first again.
 
     Raises:
         ValueError: for an unknown name, no text, or a weight that is no finite number.
@@ -57,13 +59,24 @@ class PromptMixture:
             )
         self.weights = dict(weights)
 
-    def texts(self, template: str, prompts: Sequence[str], seeds: Tensor) -> list[str]:
+    @property
+    def counts_rounds(self) -> bool:
+        """Whether what is said of a sample depends on its round."""
+        return any(PHRASE in text for text in self.weights)
+
+    def texts(self, template: str, prompts: Sequence[str], rounds: Tensor) -> list[str]:
         """What one text of the mixture says for each sample."""
-        phrases = [PHRASES[seed % len(PHRASES)] for seed in seeds.tolist()]
+        phrases = [PHRASES[number % len(PHRASES)] for number in rounds.tolist()]
         filled = zip(prompts, phrases, strict=True)
         return [template.replace(PHRASE, phrase).replace(PROMPT, prompt) for prompt, phrase in filled]
 
-    def __call__(self, encode: Callable[[list[str]], Tensor], prompts: Sequence[str], seeds: Tensor) -> Tensor:
-        """Embeddings (B, L, D) of samples with prompts and seeds (B,); ``encode`` gives those of any texts."""
-        terms = [weight * encode(self.texts(text, prompts, seeds)) for text, weight in self.weights.items()]
+    def __call__(self, encode: Callable[[list[str]], Tensor], prompts: Sequence[str], rounds: Tensor) -> Tensor:
+        """Embeddings (B, L, D) of samples.
+
+        Args:
+            encode: gives the embeddings of any texts.
+            prompts: of the samples.
+            rounds: (B,), which sample of its condition each one is, from 0.
+        """
+        terms = [weight * encode(self.texts(text, prompts, rounds)) for text, weight in self.weights.items()]
         return torch.stack(terms).sum(0)

@@ -6,7 +6,6 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import PurePosixPath
 from typing import Any
 
 import torch
@@ -22,14 +21,6 @@ LEARNED_FILE = "prompts.safetensors"
 """Where a saved pipeline has its learned prompts."""
 REMEMBERED = 1024
 """Texts whose embeddings are kept, 240 kB each with CLIP."""
-ABBREVIATIONS = {
-    "abd": "abdomen",
-    "af": "ankle",
-    "cbd": "common bile duct",
-    "gb": "gallbladder",
-    "ivc": "inferior vena cava",
-}
-"""In the names of RadImageNet's folders."""
 
 
 class PromptEncoder:
@@ -151,12 +142,12 @@ class Prompts(nn.Module):
         known = self._texts()
         return [known[index if index >= 0 else self.num_groups] for index in group.tolist()]
 
-    def encode(self, texts: Sequence[str], device: torch.device, seeds: Tensor | None = None) -> Tensor:
-        """Embeddings (B, L, D) of any texts, or of what the mixture makes of them for samples of these seeds (B,)."""
+    def encode(self, texts: Sequence[str], device: torch.device, rounds: Tensor | None = None) -> Tensor:
+        """Embeddings (B, L, D) of any texts, or of what the mixture makes of them for samples of these rounds (B,)."""
         assert self.encoder is not None, "only a text encoder knows what a text means"
-        if self.mixture is None or seeds is None:
+        if self.mixture is None or rounds is None:
             return self.encoder(texts, device)
-        return self.mixture(partial(self.encoder, device=device), texts, seeds)
+        return self.mixture(partial(self.encoder, device=device), texts, rounds)
 
     def drop(self, prompts: Tensor, share: float) -> Tensor:
         """The empty prompt instead of a random share of the prompts (B, L, D)."""
@@ -205,21 +196,6 @@ class Prompts(nn.Module):
     def _own(self, *texts: str, device: torch.device) -> Tensor:
         assert self.encoder is not None, "only a text encoder knows what a text means"
         return self.encoder.keep(texts, device)
-
-
-def folder_prompt(folder: str | PurePosixPath) -> str:
-    """``modality,organ,category`` of an image's folder below the data set's root: ``MR/af/post_op`` is of an ankle.
-
-    Zhang et al., *DiffBoost*, arXiv:2310.12868, for RadImageNet. Its code spells :data:`ABBREVIATIONS` out in the
-    middle of a path only; here they are anywhere.
-
-    Raises:
-        ValueError: for no folder, an absolute one, or one with ``..``.
-    """
-    parts = PurePosixPath(folder).parts
-    if not parts or parts[0] == "/" or ".." in parts:
-        raise ValueError(f"folder '{folder}': expected is one below the data set's root, as 'MR/hip/normal' is.")
-    return ",".join(ABBREVIATIONS.get(part, part).replace("_", " ") for part in parts)
 
 
 def _fitting(learned: Tensor, shape: tuple[int, int, int]) -> Tensor:

@@ -4,8 +4,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nibabel as nib
+import numpy as np
 from callback_fakes import Data, Foreign, sample, trainer
 from test_synthetic_dataset_writer import Painter, content, rows
+from test_volume_cases import Shifted, slices
 
 from fairdiff_lightning.callbacks import FairnessReport, PredictionWriter, SyntheticDatasetWriter
 from fairdiff_lightning.data import FairSegDataModule, GenerationPlan
@@ -19,6 +22,10 @@ def run(folder, **arguments):
     both = trainer(folder, *callbacks, **arguments)
     both.test(Foreign(), Data(SAMPLES), verbose=False)
     both.predict(Foreign(), Data(SAMPLES), return_predictions=False)
+    volumes = [FairnessReport(str(folder / "volumes"), num_resamples=50), PredictionWriter(str(folder / "slices"))]
+    of_slices = trainer(folder, *volumes, **arguments)
+    of_slices.test(Shifted(), slices(), verbose=False)
+    of_slices.predict(Shifted(), slices(), return_predictions=False)
     plan = FairSegDataModule(image_size=(12, 16), batch_size=4, generate=GenerationPlan(total=13, masks="train"))
     generating = trainer(folder, SyntheticDatasetWriter(str(folder / "made")), **arguments)
     generating.predict(Painter(), plan)
@@ -33,6 +40,12 @@ def test_two_processes_report_and_write_what_one_does(tmp_path):
     subprocess.run(command, check=True, timeout=120, cwd=Path(__file__).parent, capture_output=True)
     for name in ("fairness.csv", "cases.csv"):
         assert (one / "fairness" / name).read_text() == (two / "fairness" / name).read_text()
+        assert (one / "volumes" / name).read_text() == (two / "volumes" / name).read_text(), "cases lie on both"
+    assert len((one / "volumes" / "cases.csv").read_text().splitlines()) == 1 + 2
+    assert content(one / "slices") == content(two / "slices")
+    volumes = [[nib.load(p) for p in sorted((folder / "slices" / "labelsTr").iterdir())] for folder in (one, two)]
+    assert len(volumes[0]) == 2
+    assert all(np.array_equal(a.dataobj, b.dataobj) for a, b in zip(*volumes, strict=True))
     worst = [json.loads((folder / "fairness" / "fairness.json").read_text())["worst_cases"] for folder in (one, two)]
     assert worst[0] == worst[1]
     for folder in (one, two):

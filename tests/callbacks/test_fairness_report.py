@@ -255,9 +255,77 @@ def test_scores_of_another_shape_are_refused(tmp_path):
         run(tmp_path, module=Mean())
 
 
-def test_batch_without_attributes_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="the test batch has no attribute"):
-        run(tmp_path, [SAMPLES[0] | {"attributes": {}}])
+def test_without_attributes_all_images_are_one_group_and_nothing_is_compared(tmp_path, capsys):
+    folder = run(tmp_path, [item | {"attributes": {}} for item in SAMPLES])
+    rows = read_csv(folder / "fairness.csv")
+    assert {row["attribute"] for row in rows} == {"all"}
+    assert {row["metric"] for row in rows} == {"dice", "iou"}, "no statistics over groups"
+    found = {(row["group"], row["class"], row["metric"]): float(row["value"]) for row in rows}
+    assert found["overall", "rim", "dice"] == found["all", "rim", "dice"] == pytest.approx(3.0 / 5)
+    content = strict_json(folder / "fairness.json")
+    assert list(content["attributes"]["all"]["groups"]) == ["all"]
+    assert not {"statistics", "worst_group"} & content["attributes"]["all"].keys()
+    assert [case["id"] for case in content["worst_cases"]] == ["c", "e", "b", "a"]
+    assert [row["all"] for row in read_csv(folder / "cases.csv")] == ["all"] * 5
+    for text in (Page(folder / "report.html").text, capsys.readouterr().out):
+        assert "All images" in text
+        assert "overall" in text
+        assert not re.search("worst group|max gap|ES-Dice|Largest gap", text)
+
+
+CENTRES = [
+    sample(
+        f"{centre}{race}{i}", 0, (dice, dice), attributes={"race": torch.tensor(race), "centre": torch.tensor(centre)}
+    )
+    for centre, race, dices in ((0, 0, (0.9, 0.7)), (0, 1, (0.5, 0.3)), (1, 0, (0.2,)), (-1, 1, (0.6,)))
+    for i, dice in enumerate(dices)
+]
+
+
+def named_centres():
+    data = Data(CENTRES)
+    data.attribute_groups = {"race": ["Asian", "Black"], "centre": ["A", "B", "C"]}
+    return data
+
+
+def test_subsets_repeat_the_tables_within_each_group_beside_those_of_all(tmp_path, capsys):
+    pooled = read_csv(run(tmp_path / "pooled", datamodule=named_centres()) / "fairness.csv")
+    folder = run(tmp_path / "subsets", datamodule=named_centres(), subsets="centre")
+    rows = read_csv(folder / "fairness.csv")
+    assert [row for row in rows if row["subset"] == ""] == pooled
+    assert {row["subset"] for row in rows} == {"", "centre A", "centre B"}, "centre C has no case"
+    found = {(row["subset"], row["group"], row["metric"]): row["value"] for row in rows if row["class"] == "rim"}
+    assert {row["attribute"] for row in rows if row["subset"]} == {"race"}
+    assert float(found["centre A", "Asian", "dice"]) == pytest.approx(0.8)
+    assert float(found["centre A", "overall", "es_dice"]) == pytest.approx(0.6 / (1 + 0.2 + 0.2))
+    assert float(found["centre B", "overall", "dice"]) == pytest.approx(0.2)
+    assert found["centre B", "Black", "dice"] == ""
+    subsets = strict_json(folder / "fairness.json")["subsets"]
+    assert subsets["centre A"]["race"]["images"] == {"Asian": 2, "Black": 2}
+    assert subsets["centre A"]["race"]["statistics"]["es"]["dice"]["rim"]["value"] == pytest.approx(0.6 / 1.4)
+    assert "By race, centre A" in capsys.readouterr().out
+    page = Page(folder / "report.html").text
+    assert page.index("By race") < page.index("Only centre A") < page.index("Only centre B")
+
+
+def test_subsets_of_the_only_attribute_show_overall_scores(tmp_path):
+    rows = read_csv(run(tmp_path, subsets="race") / "fairness.csv")
+    chosen = [row for row in rows if (row["attribute"], row["group"], row["class"]) == ("all", "overall", "rim")]
+    found = {row["subset"]: float(row["value"]) for row in chosen if row["metric"] == "dice"}
+    assert found == {"race Asian": pytest.approx(0.7), "race Black": pytest.approx(0.3)}
+    with pytest.raises(ValueError, match=r"subsets='centre', but the test batch has the attributes \['race'\]"):
+        run(tmp_path, subsets="centre")
+
+
+def test_distances_of_surfaces_are_columns_of_the_cases(tmp_path):
+    class Measured(Foreign):
+        def test_step(self, batch, batch_idx):
+            return super().test_step(batch, batch_idx) | {"hd95": 10 * batch["dice"], "assd": batch["dice"]}
+
+    rows = read_csv(run(tmp_path, module=Measured()) / "cases.csv")
+    assert list(rows[0])[2:] == [f"{m}_{c}" for m in ("dice", "iou", "hd95", "assd") for c in ("rim", "cup")]
+    assert [float(rows[0][name]) for name in ("hd95_rim", "assd_cup")] == pytest.approx([8, 0.6])
+    assert rows[1]["hd95_cup"] == ""
 
 
 def test_failure_while_writing_keeps_the_old_files_and_leaves_no_temporary(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import warnings
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from callback_fakes import trainer
 from fairdiff_lightning.callbacks import SyntheticDatasetWriter
 from fairdiff_lightning.callbacks.manifest import Manifest
 from fairdiff_lightning.data import FairSeg, FairSegDataModule, GenerationPlan, HAM10000DataModule
+from fairdiff_lightning.data.provenance import TRAINING_CASES, read_training_cases
 from fairdiff_lightning.diffusion import gaussian, generators
 from fairdiff_lightning.modules import GenerativeModule
 
@@ -194,6 +196,49 @@ def test_the_checkpoint_is_listed_by_its_hash_and_another_one_is_refused(tmp_pat
                 writing.predict(Painter(), data, ckpt_path=path, return_predictions=False)
     digest = hashlib.sha256(checkpoints[0].read_bytes()).hexdigest()
     assert {row["checkpoint"] for row in rows(tmp_path / "made").values()} == {digest}
+
+
+def folded(fold, **arguments):
+    data = FairSegDataModule(image_size=(12, 16), fold=fold, fractions=(0.9, 0.1, 0.0), **arguments)
+    data.prepare_data()
+    data.setup()
+    return data
+
+
+def test_a_generator_that_is_loaded_without_the_trainer_is_known_by_what_it_has_seen(tmp_path):
+    data = folded(0)
+    run = trainer(tmp_path, max_steps=1, limit_val_batches=0)
+    run.fit(Painter(), data)
+    run.save_checkpoint(tmp_path / "last.ckpt")
+    module, plan = Painter.load_from_checkpoint(tmp_path / "last.ckpt", weights_only=True), GenerationPlan(total=3)
+    predict(tmp_path / "made", module, plan, fold=0, fractions=(0.9, 0.1, 0.0))
+    seen = read_training_cases(tmp_path / "made")
+    assert {mark.partition("\t")[0] for mark in seen} == {record.id for record in data.splits["train"]}
+    folded(0, synthetic=[str(tmp_path / "made")]).train_dataloader()
+    with pytest.raises(ValueError, match=r"generator of '.*made' was trained on \d+ validation or test cases"):
+        folded(1, synthetic=[str(tmp_path / "made")]).train_dataloader()
+    with pytest.raises(ValueError, match=r"the generator Painter was trained on \d+ validation or test cases: 'data_"):
+        predict(tmp_path / "other", module, plan, fold=1, fractions=(0.9, 0.1, 0.0))
+    assert not (tmp_path / "other").exists()
+
+
+def test_what_module_and_data_module_know_is_joined(tmp_path):
+    module, data = Painter(), FairSegDataModule(image_size=(12, 16), batch_size=4, generate=GenerationPlan(total=3))
+    module.training_cases, data.training_cases = frozenset(["a\t1", "b\t2"]), frozenset(["b\t2", "c\t3"])
+    trainer(tmp_path, SyntheticDatasetWriter(str(tmp_path / "made"))).predict(module, data)
+    assert read_training_cases(tmp_path / "made") == {"a\t1", "b\t2", "c\t3"}
+
+
+def test_a_generator_of_which_nothing_is_known_is_named(tmp_path):
+    with pytest.warns(UserWarning, match="nothing is known of what the generator Painter was trained on") as told:
+        predict(tmp_path, Painter(), GenerationPlan(total=3))
+    assert sum("nothing is known" in str(warning.message) for warning in told) == 1
+    assert not (tmp_path / TRAINING_CASES).exists()
+    known = Painter()
+    known.training_cases = frozenset(["a\t1"])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="nothing is known")
+        predict(tmp_path / "known", known, GenerationPlan(total=3))
 
 
 def test_masks_of_one_generator_condition_the_next(tmp_path):

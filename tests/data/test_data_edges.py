@@ -59,6 +59,64 @@ def test_edges_are_drawn_before_loader_processes_start():
     assert sum(len(batch["edge"]) for batch in data.train_dataloader()) == 48
 
 
+def forbid(message):
+    def fail(*arguments):
+        raise AssertionError(message)
+
+    return fail
+
+
+def test_stored_edges_cost_no_decoding_of_their_images(tmp_path, monkeypatch):
+    monkeypatch.setenv("FAIRDIFF_CACHE", str(tmp_path))
+    first = ready(cache="none")
+    first.train_dataloader()
+    again = ready(cache="none")
+    monkeypatch.setattr(type(again.dataset), "read_arrays", forbid("decoded once more"))
+    again.train_dataloader()
+    monkeypatch.undo()
+    monkeypatch.setenv("FAIRDIFF_CACHE", str(tmp_path))
+    min((tmp_path / "edges").rglob("*.npz")).unlink()
+    other = ready(cache="none")
+    other.train_dataloader()
+    assert other.frame.edges.cache.misses == 1, "what was lost is drawn before loader processes start"
+    larger = ready(cache="none", image_size=40)
+    larger.train_dataloader()
+    assert larger.frame.edges.cache.misses == len(larger.splits["train"])
+
+
+def test_the_edges_that_requests_follow_are_drawn_before_loader_processes_start(tmp_path, monkeypatch):
+    monkeypatch.setenv("FAIRDIFF_CACHE", str(tmp_path))
+    data = ready(num_workers=1, generate=GenerationPlan(per_source=2, masks="train"))
+    requests = data.predict_dataloader()
+    assert data.frame.edges.cache.misses == len(data.splits["train"])
+    monkeypatch.setattr(data.frame.edges, "detector", forbid("drawn once more"))
+    assert sum(len(batch["id"]) for batch in requests) == 2 * len(data.splits["train"])
+
+
+def detector(shift=0.0):
+    network = torch.nn.Sequential(torch.nn.Conv2d(1, 1, 3, padding=1), torch.nn.Sigmoid())
+    torch.nn.init.constant_(network[0].weight, 0.1)
+    torch.nn.init.constant_(network[0].bias, shift)
+    return network
+
+
+@pytest.mark.parametrize("other", ["scharr", CannyEdges(2.0), "network"])
+def test_another_detectors_edges_are_refused_with_a_checkpoint(other):
+    own = CannyEdges() if other == "scharr" else detector()
+    state = ready(edges=own).state_dict()
+    ready(edges=CannyEdges() if other == "scharr" else detector()).load_state_dict(state)
+    here = ready(edges=detector(0.5) if other == "network" else other)
+    with pytest.raises(
+        ValueError, match=r"trained on those of .*; here they are drawn by .* the detector of the"
+    ) as told:
+        here.load_state_dict(state)
+    trained, drawn = str(told.value).split("those of ")[1].split("; here they are drawn by ")
+    assert trained != drawn.split(", whose edges")[0]
+    assert "\n" not in str(told.value)
+    ready(edges=None).load_state_dict(state)  # a segmenter's data; a generator of edges asks for them by itself
+    here.load_state_dict({"training_cases": state["training_cases"]})  # of before detectors were kept
+
+
 def test_edges_come_with_outlines_native_masks_and_any_size():
     sample = ready(FairSegDataModule, image_size=64, num_points=16)._data("train")[0]
     assert sample["points"].shape == (16, 3)
@@ -81,8 +139,8 @@ def test_a_request_follows_the_edges_of_a_training_image():
 
 
 def test_generated_masks_have_no_edges(tmp_path):
-    (tmp_path / "manifest.csv").write_text("id,file,seed,diagnosis,source\nm,m.png,1,benign,\n")
-    cv2.imwrite(str(tmp_path / "m.png"), np.zeros((8, 8), np.uint8))
+    (tmp_path / "manifest.csv").write_text("id,file,seed,diagnosis,source\nm,m_mask.png,1,benign,\n")
+    cv2.imwrite(str(tmp_path / "m_mask.png"), np.zeros((8, 8), np.uint8))
     plan = GenerationPlan(total=1, masks=str(tmp_path))
     data = ready(generate=plan, groups={"diagnosis": ["benign"]})
     with pytest.raises(ValueError, match=r"'m' is a generated mask, but edges are drawn of real images.*masks='train'"):

@@ -1,4 +1,5 @@
 import json
+from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
@@ -8,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fairdiff_lightning.data.decathlon import Decathlon
-from fairdiff_lightning.data.decathlon_slices import DecathlonSliceDataModule, DecathlonSlices
+from fairdiff_lightning.data.decathlon_slice_module import DecathlonSliceDataModule
+from fairdiff_lightning.data.decathlon_slices import DecathlonSlices
 from fairdiff_lightning.data.edges import CannyEdges
 from fairdiff_lightning.data.errors import DatasetNotFoundError, InvalidSampleError
 from fairdiff_lightning.data.patch_merge import PatchMerge
@@ -19,16 +21,18 @@ from fairdiff_lightning.data.slice_stack import (
     by_case,
     parse_slice_id,
     read_predictions,
+    region_of,
     resized_affine,
     scale,
+    slice_affine,
     slice_id,
     slice_window,
+    spline,
     stack_slices,
     unscale,
     volume_scores,
 )
 from fairdiff_lightning.data.splits import check_disjoint
-from fairdiff_lightning.data.volumes import Volume
 
 SIZE = (8, 9, 5)
 AFFINE = np.array([[-2.0, 0, 0, 7], [0, 1.5, 0, 20], [0, 0, 3, -40], [0, 0, 0, 1]])
@@ -82,6 +86,24 @@ def truth(data):
     """Test masks as a perfect network predicts them."""
     records = data.splits["test"]
     return {record.id: data.dataset.read_mask(record) for record in records}
+
+
+def scores(data, predictions):
+    """Case -> score and class -> value, of predicted slices as volumes."""
+    found = {}
+    for sample, prediction in data.join(predictions):
+        spacing = sample["spacing"].tolist()
+        measured = volume_scores(prediction[None], sample["mask"][None], data.num_classes, spacing)
+        named = {f"{k}/{name}": float(v[0, c]) for k, v in measured.items() for c, name in enumerate(data.classes[1:])}
+        found[sample["id"]] = named
+    return found
+
+
+def made_of(data, record, folder, name=None, **changes):
+    """Store a slice as a generator would that gives its own image back."""
+    sample = data.dataset.read(record)
+    change = {"id": name or f"synthetic_{record.id}", "synthetic": torch.tensor(True), "source": record.id}
+    return data.write_sample(folder, {**sample, **change, **changes})
 
 
 def test_preprocessing_is_the_authors(tmp_path, reference):
@@ -261,10 +283,10 @@ def test_a_missing_class_is_no_error_and_scores_nothing(tmp_path):
     data = module(task(tmp_path, mask=mask), image_size=None)
     batch = next(iter(data.test_dataloader()))
     assert (data.num_classes, batch["mask"].unique().tolist()) == (3, [0, 1])
-    (scores,) = data.volume_scores(truth(data)).values()
-    assert scores["dice/organ"] == 1
-    assert scores["hausdorff95/organ"] == scores["assd/organ"] == 0
-    assert all(np.isnan(scores[f"{name}/tumour"]) for name in ("dice", "hausdorff95", "assd"))
+    (found,) = scores(data, truth(data)).values()
+    assert found["dice/organ"] == found["iou/organ"] == 1
+    assert found["hd95/organ"] == found["assd/organ"] == 0
+    assert all(np.isnan(found[f"{name}/tumour"]) for name in ("dice", "iou", "hd95", "assd"))
 
 
 def test_the_index_reads_no_voxels(tmp_path):
@@ -289,9 +311,9 @@ def test_predicted_slices_become_the_volume_of_the_file(tmp_path, protocol):
         for name, mask in zip(batch["id"], batch["native_mask"], strict=True):
             path = data.write_mask(tmp_path / "out", name, mask)
             assert path == tmp_path / "out" / "masks" / f"{name}.npz"
-    predictions = read_predictions(tmp_path / "out")
-    assert predictions.keys() == {record.id for record in data.splits["test"]}
-    (path,) = data.write_volumes(tmp_path / "out", predictions)
+    names = [record.id for record in data.splits["test"]]
+    ((case, path),) = data.write_joined(tmp_path / "out", names).items()
+    assert path.name == f"{case}.nii.gz"
     written, stored = nib.load(path), nib.load(root / "labelsTr" / path.name)
     assert path.parent == tmp_path / "out" / "labelsTr"
     assert np.array_equal(np.asarray(written.dataobj), np.asarray(stored.dataobj))
@@ -299,19 +321,22 @@ def test_predicted_slices_become_the_volume_of_the_file(tmp_path, protocol):
     assert written.get_data_dtype() == np.uint8
 
 
-def test_strict_wants_every_slice_of_a_test_case(tmp_path):
-    data = module(task(tmp_path))
+@pytest.mark.parametrize("protocol", ["strict", "legacy"])
+def test_cases_that_lack_a_slice_are_named_and_left_out(tmp_path, protocol):
+    data = module(task(tmp_path, [f"p_{k}" for k in range(6)]), protocol=protocol)
     found = truth(data)
-    removed = next(name for name in found if name.endswith("_z003"))
-    del found[removed]
-    with pytest.raises(ValueError, match=r"1 of 5 slices are missing, z = \[3\]"):
-        data.volume_scores(found)
+    cases = list(dict.fromkeys(record.unit for record in data.splits["test"]))
+    del found[f"{cases[0]}_z003"]
+    of = "(4 of 5)" if protocol == "strict" else "(2 of 3)"
+    with pytest.warns(UserWarning, match=f"volumes that lack slices are left out: {cases[0]} .{of[1:-1]}.") as warned:
+        assert list(scores(data, found)) == cases[1:]
+    assert len([w for w in warned if "lack slices" in str(w.message)]) == 1
     with pytest.raises(ValueError, match="'other' is no case of the test set; expected is one of "):
-        data.write_volumes(tmp_path / "out", {"other_z001": np.zeros((9, 8))})
+        data.write_joined(tmp_path / "out", ["other_z001"])
     with pytest.raises(ValueError, match="'other' is no slice"):
-        data.volume_scores({"other": np.zeros((9, 8))})
-    with pytest.raises(FileNotFoundError, match=r"no masks/\*.npz below"):
-        read_predictions(tmp_path)
+        list(data.join({"other": np.zeros((9, 8))}))
+    with pytest.raises(InvalidSampleError, match=r"masks/p_0_z000.npz: unreadable"):
+        read_predictions(tmp_path, ["p_0_z000"])
 
 
 def test_scores_are_of_volumes_in_mm(tmp_path):
@@ -320,20 +345,60 @@ def test_scores_are_of_volumes_in_mm(tmp_path):
     for name, mask in truth(data).items():
         case, z = parse_slice_id(name)
         shifted[slice_id(case, (z + 1) % 5)] = np.minimum(mask, 1)
-    (scores,) = data.volume_scores(shifted).values()
+    (found,) = scores(data, shifted).values()
     organ = labels()[:, ::-1].transpose(1, 0, 2) == 1
     moved = np.roll(labels()[:, ::-1].transpose(1, 0, 2) > 0, 1, -1)
-    assert scores["dice/organ"] == pytest.approx(2 * (organ & moved).sum() / (organ.sum() + moved.sum()))
-    assert scores["hausdorff95/organ"] == pytest.approx(3)  # a slice, mm
-    assert scores["dice/tumour"] == 0
+    dice = 2 * (organ & moved).sum() / (organ.sum() + moved.sum())
+    assert found["dice/organ"] == pytest.approx(dice)
+    assert found["iou/organ"] == pytest.approx((organ & moved).sum() / (organ | moved).sum())
+    assert found["hd95/organ"] == pytest.approx(3)  # a slice, mm
+    assert found["dice/tumour"] == 0
+
+
+def test_joined_volumes_are_samples_of_the_contract_in_their_place(tmp_path):
+    data = module(task(tmp_path))
+    ((sample, prediction),) = data.join(truth(data))
+    validate(sample, num_classes=3, intensity_range=(0, 1))
+    (record,) = {record.unit: record for record in data.splits["test"]}.values()
+    assert torch.equal(prediction, sample["mask"])
+    assert sample["spacing"].tolist() == [1.5, 2, 3]
+    z = parse_slice_id(record.id)[1]
+    assert torch.equal(sample["image"][..., z], data.dataset.read(record)["image"])
+    np.testing.assert_allclose(slice_affine(sample["affine"].numpy(), z), data.dataset.read_affine(record))
+
+
+def test_masks_of_the_samples_size_go_back_into_the_crop(tmp_path):
+    data = module(task(tmp_path), crop=4, image_size=12, evaluate_at="input")
+    seen = {name: mask for b in data.test_dataloader() for name, mask in zip(b["id"], b["mask"], strict=True)}
+    ((sample, prediction),) = data.join({name: mask.numpy() for name, mask in seen.items()})
+    inside = torch.zeros_like(prediction, dtype=torch.bool)
+    inside[:, 9 // 2 - 2 : 9 // 2 + 2, 8 // 2 - 2 : 8 // 2 + 2] = True
+    assert torch.equal(prediction, sample["mask"] * inside)
+    assert (sample["mask"] * ~inside).any()
+
+
+@pytest.mark.parametrize("protocol", ["strict", "legacy"])
+def test_every_rank_validates_as_many_steps_and_tests_each_slice_once(tmp_path, protocol):
+    data = module(task(tmp_path), protocol=protocol, batch_size=1, fractions=(0.5, 0.5, 0))
+    whole = {
+        name: [n for b in getattr(data, name)() for n in b["id"]] for name in ("val_dataloader", "test_dataloader")
+    }
+    assert len(whole["val_dataloader"]) % 2 == len(whole["test_dataloader"]) % 2 == 1, "uneven over two ranks"
+    seen = {name: [] for name in whole}
+    for rank in range(2):
+        data.trainer = SimpleNamespace(world_size=2, global_rank=rank)
+        for name, found in seen.items():
+            found.append([n for batch in getattr(data, name)() for n in batch["id"]])
+    validated, tested = seen.values()
+    assert len(validated[0]) == len(validated[1])
+    assert {*validated[0], *validated[1]} == {*whole["val_dataloader"]}
+    assert sorted(tested[0] + tested[1]) == sorted(whole["test_dataloader"])
 
 
 def test_stacking_keeps_z_and_stretching_moves_it():
     slices = {z: np.full((2, 3), z) for z in (6, 2, 4)}
-    volume = stack_slices(slices, 9, "background")
-    assert volume.shape == (2, 3, 9)
-    assert volume[0, 0].tolist() == [0, 0, 2, 0, 4, 0, 6, 0, 0]
-    assert stack_slices(slices, 9, "stretch")[1, 2].tolist() == [2, 2, 2, 4, 4, 4, 6, 6, 6]
+    assert stack_slices(slices, 9, stretch=True).shape == (2, 3, 9)
+    assert stack_slices(slices, 9, stretch=True)[1, 2].tolist() == [2, 2, 2, 4, 4, 4, 6, 6, 6]
     assert np.array_equal(stack_slices(dict(enumerate(np.eye(3))), 3), np.eye(3).T)
     with pytest.raises(ValueError, match=r"6 of 9 slices are missing, z = \[0, 1, 3, 5, 7\]"):
         stack_slices(slices, 9)
@@ -349,56 +414,113 @@ def test_stretching_leaves_dice_and_changes_distances():
     mask = np.zeros((20, 20, 16), np.uint8)
     mask[5:12, 5:12, 6:10] = 1
     moved = np.roll(mask, 3, 2)[..., 6:10] | np.roll(mask, 2, 0)[..., 6:10]
-    found = {}
-    for missing in ("background", "stretch"):
-        pred = stack_slices({6 + k: moved[..., k] for k in range(4)}, 16, missing)
-        true = stack_slices({z: mask[..., z] for z in range(6, 10)}, 16, missing)
-        found[missing] = volume_scores(pred, Volume(true, np.diag([1.0, 1, 3, 1])), ("background", "organ"))
-    assert found["stretch"]["dice/organ"] == pytest.approx(found["background"]["dice/organ"])
-    assert found["stretch"]["assd/organ"] != pytest.approx(found["background"]["assd/organ"], rel=1e-3)
+    found = []
+    for stretch in (False, True):
+        stacked = []
+        for volume in (moved, mask[..., 6:10]):
+            slices = {} if stretch else {z: np.zeros((20, 20), np.uint8) for z in range(16)}
+            slices |= {6 + k: volume[..., k] for k in range(4)}
+            stacked.append(torch.from_numpy(stack_slices(slices, 16, stretch).astype(np.int64))[None, None])
+        found.append(volume_scores(*stacked, 2, (1.0, 1.0, 3.0)))
+    assert float(found[1]["dice"]) == pytest.approx(float(found[0]["dice"]))
+    assert float(found[1]["assd"]) != pytest.approx(float(found[0]["assd"]), rel=1e-3)
+    assert volume_scores(*stacked, 2).keys() == {"dice", "iou"}
 
 
 def test_legacy_scores_resampled_and_stretched_labels(tmp_path):
     data = module(task(tmp_path), protocol="legacy", image_size=(7, 8))
-    (scores,) = data.volume_scores(truth(data)).values()
-    assert 0 < scores["dice/organ"] < 1, "the truth was resampled, the prediction not"
+    (found,) = scores(data, truth(data)).values()
+    assert 0 < found["dice/organ"] < 1, "the truth was resampled, the prediction not"
     data = module(tmp_path, protocol="legacy", image_size=None)
-    (scores,) = data.volume_scores(truth(data)).values()
-    assert scores["dice/organ"] == scores["dice/tumour"] == 1
+    (found,) = scores(data, truth(data)).values()
+    assert found["dice/organ"] == found["dice/tumour"] == 1
 
 
 @pytest.mark.parametrize("modality", [("CT",), ("MRI",), ("T2", "ADC")])
-def test_generated_slices_become_a_volume_with_the_intensities_and_geometry_of_the_scan(tmp_path, modality):
-    root = task(tmp_path / "real", ("a_1",), modality, affine=AFFINE)
-    data = DecathlonSlices(root)
-    records = data.index(root).records
-    images = {z: data.read(records[z])["image"].numpy() for z in (0, 2, 3)}
-    path = data.write_case(tmp_path / "made", records[0], "made_1", images)
-    written, stored = nib.load(path), nib.load(root / "imagesTr" / "a_1.nii.gz")
-    np.testing.assert_allclose(written.affine, stored.affine)
-    assert (path.name, written.shape) == ("made_1.nii.gz", stored.shape)
-    assert written.get_data_dtype() == (np.int16 if modality == ("CT",) else np.float32)
-    again, before = (np.asarray(v.dataobj, np.float64).reshape(*SIZE, -1) for v in (written, stored))
-    for k in range(len(modality)):
-        for z in range(5):
-            window = slice_window(before[..., z, k])
-            expected = np.clip(before[..., z, k], window.low, window.high) if z in images else before[..., z, k]
-            assert np.abs(again[..., z, k] - expected).max() <= 0.5, "half a level"
-    made = Decathlon(tmp_path / "made")
-    (record,) = made.index(tmp_path / "made").records
-    assert (record.id, record.synthetic, record.source) == ("made_1", True, "a_1")
-    assert np.array_equal(np.asarray(nib.load(record.files["mask"]).dataobj), labels())
-    assert next(r.id for r in DecathlonSlices(tmp_path / "made").index(tmp_path / "made").records) == "made_1_z000"
+def test_generated_slices_become_volumes_with_the_intensities_and_geometry_of_the_scan(tmp_path, modality):
+    root = task(tmp_path / "real", ("a_1", "b_2", "c_3"), modality)
+    data = module(root)
+    of_case = [record for record in data.splits["train"] if record.unit == data.splits["train"][0].unit]
+    chosen = {k: [r for r in of_case if parse_slice_id(r.id)[1] in zs] for k, zs in enumerate([(0, 2, 3), (2,)])}
+    for k, records in chosen.items():
+        for record in records:
+            made_of(data, record, tmp_path / "slices", f"synthetic_{k}_{record.id}")
+    paths = data.write_generated(tmp_path / "slices", tmp_path / "made")
+    case = of_case[0].unit
+    assert [path.name for path in paths] == [f"{case}_synthetic_000.nii.gz", f"{case}_synthetic_001.nii.gz"]
+    stored = nib.load(root / "imagesTr" / f"{case}.nii.gz")
+    for path, records in zip(paths, chosen.values(), strict=True):
+        written, changed = nib.load(path), {parse_slice_id(record.id)[1] for record in records}
+        np.testing.assert_allclose(written.affine, stored.affine)
+        assert written.shape == stored.shape
+        assert written.get_data_dtype() == (np.int16 if modality == ("CT",) else np.float32)
+        again, before = (np.asarray(v.dataobj, np.float64).reshape(*SIZE, -1) for v in (written, stored))
+        for k in range(len(modality)):
+            for z in range(5):
+                window = slice_window(before[..., z, k])
+                clipped = np.clip(before[..., z, k], window.low, window.high)
+                expected = clipped if z in changed else before[..., z, k]
+                assert np.abs(again[..., z, k] - expected).max() <= 0.5, "half a level"
+    made = Decathlon(tmp_path / "made").index(tmp_path / "made").records
+    assert [(r.id, r.synthetic, r.source) for r in made] == [(p.name[:-7], True, case) for p in paths]
+    assert np.array_equal(np.asarray(nib.load(made[0].files["mask"]).dataobj), labels())
 
 
-def test_smaller_generated_slices_are_put_on_the_grid_of_the_scan(tmp_path):
-    root = task(tmp_path / "real", ("a_1",))
-    data = DecathlonSlices(root)
-    record = data.index(root).records[1]
-    path = data.write_case(tmp_path / "made", record, "m", {1: np.full((1, 4, 4), 0.5, np.float32)})
-    window = slice_window(scan()[..., 1])
-    found = np.asarray(nib.load(path).dataobj)[..., 1]
-    assert np.abs(found - (window.low + window.high) / 2).max() <= 0.5 + 1e-3
+@pytest.mark.parametrize("protocol", ["strict", "legacy"])
+@pytest.mark.parametrize(("crop", "size"), [(None, (18, 4)), (6, (12, 12)), (6, (5, 5))])
+def test_resized_and_cropped_slices_are_put_where_they_were_cut_out(tmp_path, protocol, crop, size):
+    root = task(tmp_path / "real", mask=lambda: np.ones(SIZE, np.uint8))
+    data = module(root, protocol=protocol, crop=crop, image_size=size)
+    record = data.splits["train"][3]
+    sample = {
+        **data._data("train")[3],
+        **data.frame.condition(data.dataset, record),
+        "image": torch.full((1, *size), 0.5),
+    }
+    made_of(data, record, tmp_path / "slices", **{key: sample[key] for key in ("image", "mask", "affine")})
+    (path,) = data.write_generated(tmp_path / "slices", tmp_path / "made")
+    case, z = parse_slice_id(record.id)
+    stored, found = (
+        np.asarray(nib.load(file).dataobj, np.float32) for file in (root / "imagesTr" / f"{case}.nii.gz", path)
+    )
+    shown, rows, columns = data.dataset.read_arrays(record)[0], slice(0, 9), slice(0, 8)
+    if crop is not None:
+        rows, columns = slice(1, 7), slice(1, 7)
+    if protocol == "legacy":
+        shown = spline(shown[:, rows, columns], size)
+    elif crop is not None:
+        rows = slice(9 - 7, 9 - 1)  # of the file, whose rows run to the front
+    inside = np.zeros(SIZE, bool)
+    inside[columns, rows, z] = True
+    assert np.array_equal(found[~inside], np.round(stored[~inside])), "the rest is the scan's own"
+    window = slice_window(shown)
+    assert np.abs(found[inside] - (window.low + window.high) / 2).max() <= 0.5 + 1e-3
+
+
+def test_slices_without_a_place_or_of_another_case_are_refused(tmp_path):
+    data = module(task(tmp_path / "real"))
+    record = data.splits["train"][1]
+    sample = data.dataset.read(record)
+    sample["affine"][0, 3] += 1
+    for number, (change, message) in enumerate(
+        (
+            ({"affine": sample["affine"]}, r"synthetic_a.npz: image \(1, 9, 8\) with the affine .*a crop of '.*_z001'"),
+            ({"source": "other_z001"}, "the source 'other_z001'. Expected a slice of '"),
+            ({"source": record.unit}, "the source '._.'. Expected a slice of '"),
+            ({"source": ""}, "the source ''. Expected a slice of '"),
+        )
+    ):
+        folder = tmp_path / str(number)
+        made_of(data, record, folder, "synthetic_a", **change)
+        with pytest.raises(InvalidSampleError, match=message):
+            data.write_generated(folder, tmp_path / "made")
+    unplaced = {key: value for key, value in data.dataset.read(record).items() if key != "affine"}
+    data.write_sample(tmp_path / "un", {**unplaced, "id": "s", "synthetic": torch.tensor(True), "source": record.id})
+    with pytest.raises(InvalidSampleError, match="without a place"):
+        data.write_generated(tmp_path / "un", tmp_path / "made")
+    (tmp_path / "un" / "slices" / "s.npz").write_bytes(b"PK")
+    with pytest.raises(InvalidSampleError, match=r"s.npz: unreadable"):
+        data.write_generated(tmp_path / "un", tmp_path / "made")
 
 
 @pytest.mark.parametrize("synthetic", [True, False])
@@ -515,9 +637,9 @@ def test_the_phantom_is_split_and_scored(tmp_path):
     data.prepare_data()
     data.setup()
     assert {part: len({r.unit for r in found}) for part, found in data.splits.items()}["test"] == 3
-    scores = data.volume_scores(truth(data))
-    assert len(scores) == 3
-    assert all(s["dice/PZ"] == 1 and s["hausdorff95/TZ"] == 0 for s in scores.values())
+    found = scores(data, truth(data))
+    assert len(found) == 3
+    assert all(s["dice/PZ"] == 1 and s["hd95/TZ"] == 0 for s in found.values())
     assert data._data("train")[0]["prompt"] == "Phantom, MRI"
 
 
@@ -573,9 +695,22 @@ def test_archives_that_are_no_slices_are_named(tmp_path):
 def test_names_of_slices():
     assert slice_id("spleen_2", 7) == "spleen_2_z007"
     assert parse_slice_id("folder/a_z1_z1234") == ("folder/a_z1", 1234)
-    assert by_case({"a_z001": 1, "b_z000": 2, "a_z000": 3}) == {"a": {1: 1, 0: 3}, "b": {0: 2}}
+    names = ["a_z001", "b_z000", "a_z000"]
+    assert by_case(names) == {"a": {1: "a_z001", 0: "a_z000"}, "b": {0: "b_z000"}}
     assert DecathlonSlices().case_key("a_z012") == DecathlonSlices().case_key("a") == "a"
     np.testing.assert_allclose(resized_affine(np.eye(4), (8, 6), (4, 6))[:2], [[2, 0, 0, 0.5], [0, 1, 0, 0]])
+
+
+@given(st.integers(0, 5), st.integers(0, 5), st.integers(1, 9), st.integers(1, 9), st.integers(1, 20))
+def test_the_region_of_a_resized_crop_is_found_again(top, left, height, width, side):
+    cut = AFFINE.copy()
+    cut[:3, 3] += AFFINE[:3, :2] @ (top, left)
+    placed = resized_affine(cut, (height, width), (side, side + 1))
+    region = region_of(placed, (side, side + 1), AFFINE, (top + height, left + width))
+    assert region == (top, left, height, width)
+    assert region_of(placed, (side, side + 1), AFFINE, (top + height - 1, left + width)) is None
+    assert region_of(slice_affine(placed, 1), (side, side + 1), AFFINE, (20, 20)) is None, "of the next slice"
+    assert region_of(placed[:, [1, 0, 2, 3]], (side, side + 1), AFFINE, (20, 20)) is None, "turned"
 
 
 @pytest.mark.parametrize("protocol", ["strict", "legacy"])
@@ -593,9 +728,11 @@ def test_real_hippocampi_go_to_slices_and_back(realdata, tmp_path, protocol):
     for loader in (data.train_dataloader(), data.test_dataloader()):
         validate(next(iter(loader)), num_classes=3, intensity_range=(0, 1), batched=True)
     found = truth(data)
-    assert all(s["dice/Anterior"] == s["dice/Posterior"] == 1 for s in data.volume_scores(found).values())
+    assert all(s["dice/Anterior"] == s["dice/Posterior"] == 1 for s in scores(data, found).values())
     if protocol == "strict":
-        for path in data.write_volumes(tmp_path / "out", found):
+        for name, mask in found.items():
+            data.write_mask(tmp_path / "out", name, mask)
+        for path in data.write_joined(tmp_path / "out", found).values():
             written, stored = nib.load(path), nib.load(real / "labelsTr" / path.name)
             assert np.array_equal(np.asarray(written.dataobj), np.asarray(stored.dataobj))
             np.testing.assert_allclose(written.affine, stored.affine)

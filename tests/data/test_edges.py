@@ -236,6 +236,65 @@ def test_a_folder_that_cannot_be_written_is_said_and_does_not_stop(tmp_path):
     assert torch.equal(edge, edges_of(image, None, Counting()))
 
 
+class Moving(nn.Module):
+    """The image itself; remembers where it was asked to go, and where each batch was drawn."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("one", torch.ones(1))
+        self.places: list[str] = []
+
+    def to(self, device: torch.device | str) -> Moving:
+        self.places.append(str(device))
+        return self
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        self.places.append(f"drew {len(images)}")
+        return images.mean(1, keepdim=True) * self.one
+
+
+def test_a_network_draws_on_the_accelerator_and_is_on_the_cpu_when_processes_start(tmp_path, monkeypatch):
+    found = torch.device("cuda")
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: found)
+    samples = [{"image": torch.rand(1, 12, 9), "mask": torch.zeros(1, 12, 9, dtype=torch.int64)} for _ in range(5)]
+    reader = EdgeReader(Moving(), tmp_path, batch_size=3)
+    keys = reader.prepare(samples)
+    assert reader.detector.places == ["cuda", "drew 3", "drew 2", "cpu"]
+    assert keys == [reader.key(s["image"], s["mask"]) for s in samples]
+    broken = EdgeReader(Moving(), tmp_path / "other", batch_size=3)
+    with pytest.raises(ValueError, match="edges are drawn of images in"):
+        broken.prepare([{**samples[0], "image": samples[0]["image"] + 9}])
+    assert broken.detector.places == ["cuda", "cpu"]
+    found = None
+    alone = EdgeReader(Moving(), tmp_path / "cpu", batch_size=5)
+    alone.prepare(samples)
+    assert alone.detector.places == ["drew 5"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_edges_are_prepared_on_the_gpu(tmp_path):
+    network = nn.Sequential(nn.Conv2d(1, 1, 3, padding=1), nn.Sigmoid())
+    devices = []
+    network.register_forward_hook(lambda module, given, output: devices.append(output.device.type))
+    EdgeReader(network, tmp_path).prepare([{"image": torch.rand(1, 12, 9), "mask": torch.zeros(1, 12, 9).long()}])
+    assert devices == ["cuda"]
+    assert next(network.parameters()).device.type == "cpu"
+
+
+def test_a_list_holds_while_all_of_its_edges_are_there(tmp_path):
+    reader = EdgeReader(Counting(), tmp_path)
+    keys = reader.prepare(
+        {"image": torch.full((1, 4, 5), i / 4), "mask": torch.zeros(1, 4, 5, dtype=torch.int64)} for i in (1, 2, 1)
+    )
+    assert len(keys) == 2
+    assert not reader.cache.has_listed("scans")
+    reader.cache.put_list("scans", keys)
+    assert reader.cache.has_listed("scans")
+    next(tmp_path.rglob(f"{keys[1]}.npz")).unlink()
+    assert not reader.cache.has_listed("scans")
+
+
 def _draw(folder, images):
     EdgeReader(ScharrEdges(), folder)(images)
 

@@ -226,9 +226,3 @@ def test_a_synthetic_sample_of_another_split_is_a_leak():
     nameless = Record("made", {}, {}, "made", synthetic=True)
     with pytest.raises(ValueError, match="synthetic sample 'made' names no source"):
         PartnerIndex(records(2), [nameless])
-
-
-def test_ids_that_a_data_set_spells_in_two_ways_are_of_one_case():
-    real = [Record("REAL-0", {}, {}, "p")]
-    index = PartnerIndex(real, records(2, "real-0"), case_key=str.lower)
-    assert len(index.partners(real[0])) == 2

@@ -9,13 +9,14 @@ from hypothesis import strategies as st
 
 from fairdiff_lightning.data import FairSegDataModule, GenerationPlan, InvalidSampleError, Record
 from fairdiff_lightning.data.busi import BUSI
+from fairdiff_lightning.data.condition_masks import read_masks
 from fairdiff_lightning.data.dbt import DBT
 from fairdiff_lightning.data.emidec import Emidec
 from fairdiff_lightning.data.fairseg import FairSeg
 from fairdiff_lightning.data.ham10000 import HAM10000
 from fairdiff_lightning.data.lidc import LIDC
 from fairdiff_lightning.data.prostate import Prostate
-from fairdiff_lightning.data.requests import RequestBatches, make_requests, read_masks
+from fairdiff_lightning.data.requests import RequestBatches, make_requests
 from fairdiff_lightning.data.sample import AttributeSpec
 
 GROUPS = {0: "Asian", 1: "Black", 2: "<20"}
@@ -85,16 +86,80 @@ def test_a_plan_counts_the_real_samples_and_not_the_balanced_set():
     assert ready(generate=plan, balance="oversample").requests() == ready(generate=plan).requests()
 
 
-@pytest.mark.parametrize("arguments", [{}, {"per_group": 3, "total": 9}, {"per_group": 3, "equal_scale": True}])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"per_group": 3, "total": 9},
+        {"per_group": 3, "equal_scale": True},
+        {"per_source": 3, "per_group": 3, "masks": "train"},
+        {"per_source": 3, "total": 9, "masks": "train"},
+        {"per_source": 3, "equal_scale": True, "masks": "train"},
+    ],
+)
 def test_a_plan_says_how_many_once(arguments):
-    with pytest.raises(ValueError, match="give per_group, or total, or equal_scale"):
+    with pytest.raises(ValueError, match="give one of per_group, per_source, total, or equal_scale"):
         GenerationPlan(**arguments)
 
 
-@pytest.mark.parametrize("arguments", [{"per_group": 0}, {"total": -3}, {"total": 0, "equal_scale": True}])
+@pytest.mark.parametrize(
+    "arguments",
+    [{"per_group": 0}, {"total": -3}, {"total": 0, "equal_scale": True}, {"per_source": 0, "masks": "train"}],
+)
 def test_a_plan_asks_for_one_sample_or_more(arguments):
-    with pytest.raises(ValueError, match=r"(per_group|total)=(0|-3); ask for 1 sample or more"):
+    with pytest.raises(ValueError, match=r"(per_group|per_source|total)=(0|-3); ask for 1 sample or more"):
         GenerationPlan(**arguments)
+
+
+@pytest.mark.parametrize(
+    "places", [{}, {"backgrounds": "healthy", "masks": "own"}, {"backgrounds": "healthy", "masks": "train"}]
+)
+def test_samples_of_each_mask_need_masks_and_no_backgrounds(places):
+    with pytest.raises(ValueError, match=r"per_source=2 with masks=.* Give masks='train' or a folder of masks"):
+        GenerationPlan(per_source=2, **places)
+
+
+@pytest.mark.parametrize("synthetic", [False, True])
+def test_every_mask_is_followed_by_as_many_samples_whatever_its_group(synthetic):
+    pool = masks({0: 1, 1: 4, -1: 2, 7: 3}, synthetic)  # none of group 2; 7 is left out by a filter
+    asked = made(GenerationPlan(per_source=3, masks="train"), pool)
+    assert Counter(r.condition.id for r in asked) == dict.fromkeys(
+        ["m0-0", *[f"m1-{i}" for i in range(4)], "m-1-0", "m-1-1"], 3
+    )
+    assert all(r.group == r.condition.attributes["race"] for r in asked)
+    assert len({r.id for r in asked}) == len({r.seed for r in asked}) == 21
+    assert asked == made(GenerationPlan(per_source=3, masks="train"), pool)
+    more = {r.id: r for r in made(GenerationPlan(per_source=5, masks="train"), pool)}
+    assert [more[r.id] for r in asked] == asked
+    grouped = {r.id: r for r in made(GenerationPlan(per_group=3, masks="train"), masks({0: 1, 1: 4, 2: 1}, synthetic))}
+    assert all(grouped[r.id].seed == r.seed for r in asked if r.id in grouped)
+
+
+def test_no_mask_for_so_many_samples_each_is_said():
+    with pytest.raises(ValueError, match="per_source=3, but 'train' has no mask of a wanted group"):
+        made(GenerationPlan(per_source=3, masks="train"), masks({7: 3}))
+
+
+def test_each_training_image_gets_as_many_samples_without_attributes_too():
+    for attributes in ([], ["race"]):
+        data = ready(attributes=attributes, generate=GenerationPlan(per_source=2, masks="train"))
+        assert Counter(r.condition.id for r in data.requests()) == {r.id: 2 for r in data.splits["train"]}
+
+
+@pytest.mark.parametrize("plan", [GenerationPlan(per_source=50, masks="train"), GenerationPlan(total=153)])
+def test_the_samples_of_a_mask_are_counted(plan):
+    asked = made(plan, masks({0: 1, 1: 1, 2: 1}))
+    rounds = {g: [r.round for r in asked if r.group == g] for g in GROUPS}
+    assert rounds == {g: list(range(len(asked) // 3)) for g in GROUPS}
+    asked = made(GenerationPlan(per_group=7), masks({0: 3, 1: 7, 2: 2}))
+    followed = {}
+    for request in asked:
+        followed.setdefault(request.condition.id, []).append(request.round)
+    assert all(found == list(range(len(found))) for found in followed.values())
+    assert [r.round for r in made(GenerationPlan(per_group=4)) if r.group == 1] == [0, 1, 2, 3]
+    batch = RequestBatches(asked, 6, ["race"], lambda request: {})[1]
+    assert batch["round"].tolist() == [r.round for r in asked[6:12]]
+    assert batch["round"].dtype == torch.int64
 
 
 def test_equal_scale_needs_an_attribute():

@@ -14,11 +14,14 @@ from torch.utils.data import DataLoader
 
 from fairdiff_lightning import DMoESegmenter, Segmenter
 from fairdiff_lightning.callbacks import TrainableEMA
-from fairdiff_lightning.data import collate
+from fairdiff_lightning.data import GenerationPlan, Record, collate
+from fairdiff_lightning.data.provenance import TRAINING_CASES, read_training_cases
+from fairdiff_lightning.data.requests import RequestBatches, make_requests
 from fairdiff_lightning.metrics.functional import dice_score
 from fairdiff_lightning.modules import ControlNetSynth
 from fairdiff_lightning.modules.adherence import MaskJudge
 from fairdiff_lightning.networks import CheckpointMismatchError
+from fairdiff_lightning.networks.prompt_mixture import PHRASES
 
 PLAIN = {"num_classes": 3, "in_channels": 1, "image_size": (24, 16), "num_steps": 2, "num_groups": {"race": 3}}
 SMALL = {"block_out_channels": (8, 16), "attention_head_dim": 2, "norm_num_groups": 4}
@@ -57,6 +60,19 @@ def batch(count=3, size=(24, 16), **extra):
         for i in range(count)
     ]
     return collate(samples) | extra
+
+
+def requests(count, slices=1):
+    """A batch of requests as a plan makes them, so many for each slice."""
+    records = [Record(f"slice{i}", {}, {"race": 1}, f"slice{i}") for i in range(slices)]
+    plan = GenerationPlan(per_source=count, masks="train")
+    asked = make_requests(plan, {1: NAMES[1]}, {}, records, "race")
+
+    def read(request):
+        edge = torch.rand(1, 24, 16, generator=torch.Generator().manual_seed(int(request.condition.id[5:])))
+        return {"edge": edge, "mask": (edge > 0.5).long()}
+
+    return RequestBatches(asked, len(asked), ["race"], read)[0]
 
 
 class Contract(LightningDataModule):
@@ -247,7 +263,7 @@ def test_min_snr_weighs_each_sample_by_its_step(sd):
     step = timesteps(one["image"], 1000, draws)
     snr = plain.noise.alphas_cumprod[step] / (1 - plain.noise.alphas_cumprod[step])
     expected = plain.losses(one)["loss"] * (snr.clamp(max=5) / snr)
-    torch.testing.assert_close(weighted.losses(one)["loss"], expected.squeeze())
+    torch.testing.assert_close(weighted.losses(one)["loss"], expected.squeeze().float())
 
 
 def test_text_dropout_replaces_prompts_by_the_empty_one(sd):
@@ -431,7 +447,7 @@ def test_the_reference_appends_its_quality_words_to_the_positive_prompt(sd):
     module = latent(sd, prompt="fundus", reference_behaviour=True)
     plain = module._prompts_of(batch(1))
     assert torch.equal(plain, module.prompts.encode(["fundus"], module.device))
-    sampling = module._prompts_of(batch(1), sampling=True)
+    sampling = module._prompts_of(batch(1), torch.tensor([0]))
     assert torch.equal(sampling, module.prompts.encode(["fundus, low quality, blurry"], module.device))
 
 
@@ -457,7 +473,7 @@ def test_a_mixture_is_for_samples_and_not_for_training(sd, own):
     made = batch(prompt=["left", "right", "left"]) if own else batch()
     assert torch.equal(mixed._prompts_of(made), plain._prompts_of(made))
     expected = 0.25 * plain._prompts_of(made) + 0.5 * plain.prompts.encode(["grey"], plain.device)
-    torch.testing.assert_close(mixed._prompts_of(made, sampling=True), expected)
+    torch.testing.assert_close(mixed._prompts_of(made, torch.zeros(3, dtype=torch.int64)), expected)
     assert not torch.equal(mixed.eval().generate(made)["image"], plain.eval().generate(made)["image"])
 
 
@@ -465,25 +481,52 @@ def test_a_mixture_of_fifty_samples_encodes_each_text_once(sd):
     module = latent(sd, prompt="mri", negative_prompt="low", condition="edge", prompt_mixture="diffboost", num_steps=1)
     seen = []
     module.prompts.encoder.encoder.register_forward_hook(lambda m, given, output: seen.append(len(given[0])))
-    made = batch(50, edge=torch.rand(50, 1, 24, 16)) | {"seed": torch.arange(50)}
+    made = requests(50)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of texts that this tokenizer of letters finds long
-        first = module._prompts_of(made, sampling=True)
+        first = module._prompts_of(made, made["round"])
         module.prompts.negative(module.device)
-        assert torch.equal(module._prompts_of(made, sampling=True), first)
+        assert torch.equal(module._prompts_of(made, made["round"]), first)
     assert sum(seen) == 53, "the prompt, fifty phrases, the constant text and the negative prompt"
     assert len({tuple(row.flatten().tolist()) for row in first}) > 40, "phrases beginning alike are cut to one"
 
 
 def test_noises_are_shared_only_when_asked_for():
-    made = batch(2, mask=batch(1)["mask"].repeat(2, 1, 1, 1), attributes={"race": torch.tensor([1, 1])})
-    made["seed"] = torch.tensor([3, 53])
-    one, other = tiny().eval().generate(made)["image"]
-    assert not torch.equal(one, other)
-    one, other = tiny(shared_noises=50).eval().generate(made)["image"]
-    torch.testing.assert_close(one, other)
-    alone = tiny().eval().generate({k: _rows(v, 0) for k, v in made.items()})["image"]
-    torch.testing.assert_close(one, alone[0])
+    made = requests(5)
+    own = tiny().eval().generate(made)["image"]
+    shared = tiny(shared_noises=3).eval().generate(made)["image"]
+    torch.testing.assert_close(shared[:2], shared[3:])
+    alike = [(i, j) for i in range(5) for j in range(i) if torch.allclose(own[i], own[j], atol=1e-3)]
+    assert alike == []
+    assert not any(torch.allclose(shared[i], shared[j], atol=1e-3) for i, j in ((0, 1), (0, 2), (1, 2)))
+    alone = tiny(shared_noises=3).eval().generate({k: _rows(v, 0) for k, v in made.items()})["image"]
+    torch.testing.assert_close(shared[0], alone[0])
+
+
+def test_the_fifty_samples_of_each_slice_have_each_noise_and_phrase_of_the_reference_once(sd):
+    module = latent(sd, condition="edge", prompt="mri", reference_behaviour=True)
+    made, seen = requests(50, slices=2), {}
+    module.sample = lambda condition, prompts, seeds: seen.update(seeds=seeds) or torch.zeros(len(seeds), 1, 24, 16)
+    texts = module.prompts.mixture.texts
+    module.prompts.mixture.texts = lambda template, prompts, rounds: seen.setdefault(
+        template, texts(template, prompts, rounds)
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of texts that this tokenizer of letters finds long
+        module.generate(made)
+    for name in ("slice0", "slice1"):
+        rows = [i for i, condition in enumerate(made["condition"]) if condition == name]
+        assert [int(seen["seeds"][i]) for i in rows] == list(range(50))
+        assert [seen["{phrase}"][i] for i in rows] == list(PHRASES)
+
+
+@pytest.mark.parametrize("arguments", [{"shared_noises": 50}, {"prompt_mixture": {"{phrase}": 1.0}}])
+def test_requests_that_do_not_tell_their_round_are_refused_where_it_counts(sd, arguments):
+    made = requests(2)
+    del made["round"]
+    with pytest.raises(ValueError, match=r"'synthetic_black_00000' .* 'round' \(B,\) is needed"):
+        latent(sd, **arguments).generate(made)
+    latent(sd, prompt_mixture="fairdiff", num_steps=1).eval().generate(made)
 
 
 def test_the_reference_for_edges_is_diffboosts(sd):
@@ -677,6 +720,56 @@ def test_training_goes_on_from_a_saved_pipeline(sd, tmp_path, kind):
             ControlNetSynth(**arguments | {"num_groups": {"race": 2}})
         ControlNetSynth(**arguments, reference_behaviour=True)  # its empty prompt has been trained
     again.losses(batch())["loss"].backward()
+
+
+class Known(Contract):
+    """Data that tell which cases are trained on."""
+
+    def state_dict(self):
+        return {"training_cases": ["a\t1", "b\t2"]}
+
+    def load_state_dict(self, state_dict):
+        pass
+
+
+def test_what_was_trained_on_stays_with_the_weights(sd, tmp_path):
+    module = latent(sd, num_validation_samples=0)
+    run = trainer(tmp_path, max_steps=1)
+    run.fit(module, Known())
+    run.save_checkpoint(tmp_path / "last.ckpt", weights_only=True)
+    again = ControlNetSynth.load_from_checkpoint(tmp_path / "last.ckpt", weights_only=True)
+    again.save_pretrained(tmp_path / "saved")
+    branch = str(tmp_path / "saved" / "controlnet")
+    arguments = {**PLAIN, "prompt": "{group}", "group_names": NAMES}
+    whole = ControlNetSynth(**arguments, base=str(tmp_path / "saved"))
+    part = ControlNetSynth(**arguments, base=sd, controlnet=branch)
+    ours = ControlNetSynth(**arguments, base=sd, controlnet=str(tmp_path / "last.ckpt"))
+    for found in (module, again, whole, part, ours):
+        assert found.training_cases == {"a\t1", "b\t2"}
+    assert ControlNetSynth(**arguments, base=sd).training_cases == frozenset()
+    old = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    del old["training_cases"]
+    torch.save(old, tmp_path / "old.ckpt")
+    assert not ControlNetSynth.load_from_checkpoint(tmp_path / "old.ckpt", weights_only=True).training_cases
+
+
+def test_validation_samples_are_the_first_of_their_conditions(tmp_path):
+    module, seen = tiny(shared_noises=2), []
+    sample = module.sample
+    module.sample = lambda condition, prompts, seeds: seen.append(seeds) or sample(condition, prompts, seeds)
+    trainer(tmp_path, max_steps=1).validate(module, Contract(), verbose=False)
+    assert torch.cat(seen).tolist() == [0] * 4
+
+
+def test_further_training_adds_to_what_was_trained_on(sd, tmp_path):
+    before = latent(sd)
+    before.training_cases = frozenset(["c\t3"])
+    before.save_pretrained(tmp_path)
+    module = latent(str(tmp_path), num_validation_samples=0)
+    trainer(tmp_path, max_steps=1).fit(module, Known())
+    module.save_pretrained(tmp_path / "next")
+    assert read_training_cases(tmp_path / "next") == {"a\t1", "b\t2", "c\t3"}
+    assert (tmp_path / "next" / "controlnet" / TRAINING_CASES).is_file()
 
 
 def test_original_checkpoints_load_and_are_written(sd, tmp_path):

@@ -43,7 +43,7 @@ def knows(made, wanted):
     """Let a module's network know the lesion (B, K, H, W, D) bool that every mask shows."""
 
     def perfect(noisy, steps):
-        kept = made.noise.alphas_cumprod[steps].view(-1, 1, 1, 1, 1)
+        kept = made.noise.alphas_cumprod[steps].float().view(-1, 1, 1, 1, 1)
         return (noisy[:, : len(made.classes)] - kept.sqrt() * (wanted.float() * 2 - 1)) / (1 - kept).sqrt()
 
     made.network.forward = perfect
@@ -120,7 +120,7 @@ def test_the_loss_is_over_the_whole_volume(monkeypatch, loss, power):
     noise = []
 
     def half(noisy, steps):
-        kept = made.noise.alphas_cumprod[steps].view(-1, 1, 1, 1, 1)
+        kept = made.noise.alphas_cumprod[steps].float().view(-1, 1, 1, 1, 1)
         noise.append((noisy[:, :2] - kept.sqrt() * target) / (1 - kept).sqrt())
         return noise[0] / 2
 

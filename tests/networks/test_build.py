@@ -9,6 +9,7 @@ from fairdiff_lightning.networks.build import NetworkName, build_network
 SIX_LEVELS = {"channels": (16, 32, 64, 128, 128, 256), "strides": (2,) * 5}
 TWO_LEVELS = {"channels": (4, 8), "strides": (2,)}
 SMALL_SWIN = {"feature_size": 12, "depths": (1, 1, 1, 1), "num_heads": (1, 2, 3, 4), "window_size": 2}
+SMALL_UNETR = {"feature_size": 4, "hidden_size": 8, "mlp_dim": 16, "num_heads": 2}
 SMALLEST = [
     ("unet", (4, 6), {**TWO_LEVELS, "num_res_units": 1}),
     ("unet", (4, 2, 6), TWO_LEVELS),
@@ -18,6 +19,9 @@ SMALLEST = [
     ("dynunet", (16, 7, 8), {"filters": (4, 6, 8)}),
     ("swin_unetr", (64, 32), SMALL_SWIN),
     ("swin_unetr", (64, 32, 32), SMALL_SWIN),
+    ("unetr", (16, 32), SMALL_UNETR),
+    ("unetr", (16, 32, 16), SMALL_UNETR),
+    ("resnet_unet", (32, 64), {"encoder": "resnet18", "width": 8}),
     ("segresnet", (8, 16), {"blocks_down": (1, 1, 1, 1)}),
     ("segresnet", (8, 16, 8), {"blocks_down": (1, 1, 1, 1)}),
     ("tiny", (32, 16), {}),
@@ -31,20 +35,37 @@ def parameters(network):
 @pytest.mark.parametrize(
     ("name", "arguments", "expected"),
     [
-        ("attention_unet", SIX_LEVELS, 2_742_830),
-        ("unet", {**SIX_LEVELS, "num_res_units": 0}, 1_176_636),
-        ("unet", {**SIX_LEVELS, "num_res_units": 1}, 1_650_519),
+        ("attention_unet", SIX_LEVELS, "2DAttentionUnet"),
+        ("unet", {**SIX_LEVELS, "num_res_units": 0}, "2DUNet"),
+        ("unet", {**SIX_LEVELS, "num_res_units": 1}, "2DResUNet"),
+        ("unetr", {}, "2DUNETR"),
+        ("resnet_unet", {}, "ResNet50UNet"),
     ],
 )
-def test_networks_of_diffboost_have_the_sizes_of_the_authors_code(name, arguments, expected):
+def test_networks_of_diffboost_have_the_sizes_of_the_authors_code(reference, name, arguments, expected):
+    size = reference("diffboost")["model_sizes"]["segmentation_backbones_monai_1.6.1"][expected]
     with torch.device("meta"):
         network = build_network(name, 1, 2, 384, arguments)
-    assert parameters(network) == expected
-    assert network(torch.rand(1, 1, 384, 384, device="meta")).shape == (1, 2, 384, 384)
+    assert parameters(network) == size.get("params_excluding_unused_fc", size["params"])
+    assert list(network(torch.rand(1, 1, 384, 384, device="meta")).shape) == size["out"]
 
 
-def test_swin_unetr_of_diffboost_has_the_size_of_the_authors_code():
-    assert parameters(build_network("swin_unetr", 1, 2, 384, {})) == 6_302_228  # MONAI cannot build it on "meta"
+def test_swin_unetr_of_diffboost_has_the_size_of_the_authors_code(reference):
+    sizes = reference("diffboost")["model_sizes"]["segmentation_backbones_monai_1.6.1"]
+    network = build_network("swin_unetr", 1, 2, 384, {})  # MONAI cannot build it on "meta"
+    assert parameters(network) == sizes["2DSwinUNETR_without_img_size"]["params"]
+
+
+def test_the_resnet_of_the_paper_is_an_argument_and_grey_is_seen_as_colour():
+    with torch.device("meta"):
+        widths = build_network("resnet_unet", 1, 2, 64, {"encoder": "resnet50"}).encoder.feature_info.channels()
+    assert widths == [64, 256, 512, 1024, 2048]
+    network = build_network("resnet_unet", 1, 2, 64, {"encoder": "resnet18", "width": 8}).eval()
+    grey = torch.rand(2, 1, 64, 64)
+    assert torch.equal(network(grey), network(grey.repeat(1, 3, 1, 1)))
+    assert build_network("resnet_unet", 4, 2, 64, {"encoder": "resnet18"}).encoder.conv1.in_channels == 4
+    with torch.device("meta"), pytest.raises(ValueError, match=r"'convnext_atto': .* by \[4, 8, 16, 32\]"):
+        build_network("resnet_unet", 1, 2, 64, {"encoder": "convnext_atto"})
 
 
 @pytest.mark.parametrize(("name", "size", "arguments"), SMALLEST)
@@ -54,7 +75,9 @@ def test_smallest_image_goes_through_and_every_weight_learns(name, size, argumen
     logits = network(torch.rand(2, 2, *size))
     assert logits.shape == (2, 3, *size)
     logits.square().mean().backward()
-    assert all(p.grad is not None for p in network.parameters())
+    frozen = {key for key, p in network.named_parameters() if not p.requires_grad}
+    assert {key for key, p in network.named_parameters() if p.grad is None} == frozen, "DDP waits for every gradient"
+    assert frozen == {key for key, _ in network.named_parameters() if name == "unetr" and "norm_cross_attn" in key}
 
 
 @pytest.mark.parametrize("size", [32, (64, 64, 32)])
@@ -106,6 +129,9 @@ def test_dynunet_with_strides_of_the_user_gets_kernels_to_match():
         ("attention_unet", 16, "single one .* twice as large"),
         ("swin_unetr", 48, r"multiple of 32: .* 32 or 64"),
         ("segresnet", (16, 16, 12), r"side 2 .* multiple of 8"),
+        ("unetr", (32, 24), r"side 1 .* multiple of 16: .* 16 or 32"),
+        ("resnet_unet", 48, r"multiple of 32: .* 32 or 64"),
+        ("resnet_unet", (32, 64, 64), "'resnet_unet' is 2-D"),
         ("tiny", (32, 32, 32), "multiples of 16"),
         ("samed", (32, 32, 32), "square images"),
         ("resunet3d", 64, "three sides"),
@@ -125,6 +151,12 @@ def test_image_that_does_not_fit_is_refused_before_it_fails():
         network(torch.rand(1, 1, 32, 32, 32))
 
 
+def test_image_of_another_size_than_a_transformers_own_is_refused():
+    network = build_network("unetr", 1, 2, 32, SMALL_UNETR)
+    with pytest.raises(ValueError, match=r"\(32, 48\) pixels in network 'unetr', which is made for \(32, 32\)"):
+        network(torch.rand(1, 1, 32, 48))
+
+
 def test_strides_of_another_dimension_are_refused():
     with pytest.raises(ValueError, match=r"2 of them.* \(2, 2, 2\)"):
         build_network("unet", 1, 2, 32, {"channels": (4, 8), "strides": ((2, 2, 2),)})
@@ -137,7 +169,9 @@ def test_unknown_name_lists_all_names():
     assert names == set(str(caught.value).partition("one of ")[2].rstrip(".").split(", "))
 
 
-@pytest.mark.parametrize("name", ["unet", "attention_unet", "dynunet", "swin_unetr", "segresnet", "samed", "tiny"])
+@pytest.mark.parametrize(
+    "name", ["unet", "attention_unet", "dynunet", "swin_unetr", "segresnet", "samed", "tiny", "unetr"]
+)
 @pytest.mark.parametrize("argument", ["depth", "in_channels"])
 def test_unknown_argument_is_named_with_those_that_there_are(name, argument):
     with pytest.raises(ValueError, match=rf"{name}' takes no argument \['{argument}'\]; it takes "):

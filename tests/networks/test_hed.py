@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
+from fairdiff_lightning.data.busi import BUSIDataModule
 from fairdiff_lightning.data.edges import edges_of, label_contour
 from fairdiff_lightning.networks.checkpoint import CheckpointMismatchError
 from fairdiff_lightning.networks.hed import DEPTHS, HED, MEAN_RGB, WIDTHS, bsds_tensors, controlnet_tensors
@@ -77,6 +79,23 @@ def network(weights) -> HED:
 
 def test_it_has_as_many_parameters_as_the_reference(network, reference):
     assert sum(p.numel() for p in network.parameters()) == reference("diffboost")["hed"]["n_params"] == 14_716_171
+
+
+def test_edges_of_a_preprocessed_picture_are_those_of_the_reference(network, reference, tmp_path, monkeypatch):
+    monkeypatch.setenv("FAIRDIFF_CACHE", str(tmp_path / "cache"))
+    y, x = np.mgrid[:48, :80].astype(np.float64)
+    disc = (x - 40) ** 2 + (y - 24) ** 2 < 144
+    picture = np.round(40 + 0.8 * x + 30 * np.sin(y / 5) + 90 * disc).clip(0, 255).astype(np.uint8)
+    (tmp_path / "benign").mkdir()
+    Image.fromarray(picture).save(tmp_path / "benign" / "benign (1).png")
+    Image.fromarray(disc.astype(np.uint8) * 255).save(tmp_path / "benign" / "benign (1)_mask.png")
+    data = BUSIDataModule(str(tmp_path), image_size=64, percentiles="input", edges=network)
+    sample = data.make_dataset(data.dataset.index(tmp_path).records)[0]
+    want = reference("diffboost")["preprocess_2d"]["edge"]
+    assert list(sample["edge"].shape) == want["shape"]
+    assert int(label_contour(sample["mask"]).sum()) == want["n_mask_boundary"]
+    assert int((sample["edge"] == 1).sum()) == want["n_equal_1"]
+    assert sample["edge"].mean().item() == pytest.approx(want["mean_with_det_hed"], abs=1e-4)
 
 
 @pytest.mark.parametrize("grad", [True, False])

@@ -1,6 +1,5 @@
 import warnings
 from contextlib import nullcontext
-from pathlib import PurePosixPath
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +8,7 @@ from torch import nn
 
 from fairdiff_lightning.networks import prompts
 from fairdiff_lightning.networks.prompt_mixture import PromptMixture
-from fairdiff_lightning.networks.prompts import PromptEncoder, Prompts, folder_prompt
+from fairdiff_lightning.networks.prompts import PromptEncoder, Prompts
 
 CPU = torch.device("cpu")
 
@@ -118,22 +117,3 @@ def test_samples_of_groups_are_mixed_each_by_its_text_and_seed():
 def test_a_mixture_without_a_text_encoder_is_refused():
     with pytest.raises(ValueError, match=r"prompt_mixture=\{'\{prompt\}': 1\.0\}: the base has no text encoder"):
         Prompts("", 0, None, 6, mixture=PromptMixture({"{prompt}": 1.0}))
-
-
-@pytest.mark.parametrize(
-    ("folder", "prompt"),
-    [
-        ("MR/hip/normal", "MR,hip,normal"),
-        ("CT/abd/normal", "CT,abdomen,normal"),
-        ("MR/af/osseous_disruption", "MR,ankle,osseous disruption"),
-        (PurePosixPath("US/gb"), "US,gallbladder"),
-    ],
-)
-def test_a_folder_says_modality_organ_and_category(folder, prompt):
-    assert folder_prompt(folder) == prompt
-
-
-@pytest.mark.parametrize("folder", ["", "/data/MR/hip", "../MR/hip"])
-def test_a_folder_that_is_not_below_the_root_is_refused(folder):
-    with pytest.raises(ValueError, match="expected is one below the data set's root"):
-        folder_prompt(folder)
