@@ -16,10 +16,10 @@ $(READY): setup.cfg pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(READY)
-	PATH="$(CURDIR)/$(BIN):$$PATH" TOTAL=477 STEPS=200 bash examples/fairdiff_pipeline.sh
+	PATH="$(CURDIR)/$(BIN):$$PATH" TOTAL=300 STEPS=150 bash examples/fairdiff_pipeline.sh
 
 test: $(READY)
-	$(BIN)/python -m pytest -m 'not slow and not gpu'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile -m 'not slow and not gpu'
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m 'slow or gpu'
