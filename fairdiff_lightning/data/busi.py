@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, cast, get_args
 
 import numpy as np
+from lightning.pytorch.utilities import rank_zero_warn
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -233,8 +234,23 @@ class BUSIDataModule(SegmentationDataModule):
                 f"percentiles='input' with resize={self.resize!r}: it resizes as DiffBoost's code does. Leave resize "
                 "out, or take percentiles='native'."
             )
+        self.percentiles = percentiles
         if percentiles is not None:
             self.frame = _scaled(self.frame, percentiles)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint was trained on, and how its images were scaled."""
+        return {**super().state_dict(), "percentiles": self.percentiles}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Warn of a checkpoint that was trained on images of another scale; see also the base."""
+        super().load_state_dict(state_dict)
+        found = state_dict.get("percentiles")
+        if found != self.percentiles:
+            rank_zero_warn(
+                f"the checkpoint was trained with percentiles={found!r}, here it is {self.percentiles!r}: set "
+                f"--data.percentiles={'null' if found is None else found}, or train anew."
+            )
 
 
 def _scaled(frame: Frame, percentiles: Percentiles) -> Frame:

@@ -116,7 +116,7 @@ class DecathlonSliceDataModule(SegmentationDataModule):
         """Shuffled, or balanced by the first attribute; in order by ``legacy``."""
         if not self.dataset.legacy or self.sampler != "shuffle":
             return super().train_dataloader()
-        data = self._data("train")
+        data = self._training_data()
         sampler: DistributedSampler[Any] = DistributedSampler(data, *self._ranks(), shuffle=False)
         return self._loader(data, EpochSampler(sampler), self.batch_size)
 

@@ -83,6 +83,7 @@ class DecathlonSlices(Decathlon):
     """
 
     ndim: ClassVar[int] = 2
+    mask_folder: ClassVar[str | None] = None  # an archive holds image and mask
     unit: ClassVar[str] = "case"
 
     def __init__(

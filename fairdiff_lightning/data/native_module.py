@@ -244,9 +244,7 @@ class NativeDataModule(ModuleFacts, LightningDataModule):
         Raises:
             ValueError: for a folder of samples whose generator was trained on held-out cases, naming them.
         """
-        for folder in map(Path, self.synthetic):
-            refuse_generator(folder, self.held_out_records)
-        data = self._data("train")
+        data = self._training_data()
         replicas, rank = self._ranks()
         sampler: DistributedSampler[Any] = (
             GroupBalancedSampler(data.groups(self.attribute_specs[0].name), self.seed, replicas, rank)
@@ -254,6 +252,11 @@ class NativeDataModule(ModuleFacts, LightningDataModule):
             else DistributedSampler(data, replicas, rank, shuffle=True, seed=self.seed)
         )
         return self._loader(data, EpochSampler(sampler), self.batch_size)
+
+    def _training_data(self) -> SegmentationDataset:
+        for folder in map(Path, self.synthetic):
+            refuse_generator(folder, self.held_out_records)
+        return self._data("train")
 
     def val_dataloader(self) -> DataLoader[Sample]:
         """In order; under DDP padded so that every rank makes as many steps, as the wrapped network needs."""

@@ -1,3 +1,5 @@
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -120,3 +122,12 @@ def test_a_configuration_names_the_percentiles(edges):
     data = parser.instantiate_classes(parser.parse_object({"data": settings})).data
     frame = data.frame if edges is None else data.frame.frame
     assert (frame.percentiles, frame.size, frame.crop, data.image_size) == ("input", (32, 32), 20, (32, 32))
+
+
+def test_a_checkpoint_of_another_scale_is_told():
+    state = BUSIDataModule(percentiles=None).state_dict()
+    with pytest.warns(UserWarning, match="trained with percentiles=None, here it is 'native'.*data.percentiles=null"):
+        BUSIDataModule().load_state_dict(state)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        BUSIDataModule(percentiles=None).load_state_dict({"training_cases": []})

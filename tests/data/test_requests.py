@@ -11,6 +11,8 @@ from fairdiff_lightning.data import FairSegDataModule, GenerationPlan, InvalidSa
 from fairdiff_lightning.data.busi import BUSI
 from fairdiff_lightning.data.condition_masks import read_masks
 from fairdiff_lightning.data.dbt import DBT
+from fairdiff_lightning.data.decathlon import Decathlon
+from fairdiff_lightning.data.decathlon_slices import DecathlonSlices
 from fairdiff_lightning.data.emidec import Emidec
 from fairdiff_lightning.data.fairseg import FairSeg
 from fairdiff_lightning.data.ham10000 import HAM10000
@@ -291,6 +293,8 @@ def test_masks_are_read_from_the_table(tmp_path):
         (LIDC(), (4, 6, 2)),
         (Emidec(), (4, 6, 2)),
         (Prostate(), (4, 6, 2)),
+        (Decathlon(), (4, 6, 2)),
+        (DecathlonSlices(), (4, 6)),
     ],
     ids=lambda value: getattr(value, "name", ""),
 )
