@@ -17,6 +17,7 @@ DATA=${DATA:-}                  # folder with the .npz files; empty: the phantom
 KIND=${KIND:-demo}              # demo or fairseg: which configurations
 TOTAL=${TOTAL:-}                # size of the Equal-Scale set; empty: as many as there are real training samples
 STEPS=${STEPS:-}                # training steps of each segmenter; empty: as the configuration says
+JOBS=${JOBS:-1}                 # 2: what learns masks and what learns images run at once
 OUT=${OUT:-runs/fairdiff}
 
 case $KIND in
@@ -40,17 +41,23 @@ balanced() { # folder, arguments: what each group lacks
 say "1/7 a segmenter on the real samples alone"
 segment real "${steps[@]}"
 
-say "2/7 a segmenter on the real samples, small groups repeated"
-segment oversampled "${steps[@]}" --data.balance=oversample
+learn_masks() {
+  say "2/7 a segmenter on the real samples, small groups repeated"
+  segment oversampled "${steps[@]}" --data.balance=oversample
 
-say "3/7 point diffusion on the outlines of the masks"
-train "$OUT/points" --config "$points"
+  say "3/7 point diffusion on the outlines of the masks"
+  train "$OUT/points" --config "$points"
 
-say "4/7 masks for the groups that lack them"
-balanced "$OUT/points" --config "$points"
+  say "4/7 masks for the groups that lack them"
+  balanced "$OUT/points" --config "$points"
+}
 
-say "5/7 ControlNet from masks to images"
-train "$OUT/controlnet" --config "$controlnet" "--model.adherence=$(checkpoint "$OUT/real" last)"
+learn_images() {
+  say "5/7 ControlNet from masks to images"
+  train "$OUT/controlnet" --config "$controlnet" "--model.adherence=$(checkpoint "$OUT/real" last)"
+}
+
+side_by_side learn_masks learn_images
 
 say "6/7 images for these masks"
 balanced "$OUT/controlnet" --config "$controlnet" "--data.generate.masks=$OUT/points/synthetic"

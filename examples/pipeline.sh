@@ -36,3 +36,15 @@ segment() { # name, arguments
   train "$folder" --config "$segmenter" "$@"
   fairdiff test --config "$segmenter" "${data[@]}" "${quiet[@]}" "--trainer.default_root_dir=$folder" --ckpt_path=last --verbose=false
 }
+
+side_by_side() { # two functions: one after the other, or with JOBS=2 at once on half of the cores each
+  if [ "$JOBS" = 1 ]; then "$1"; "$2"; return; fi
+  local half; half=$((($(getconf _NPROCESSORS_ONLN) + 1) / 2))
+  (export OMP_NUM_THREADS=$half; "$1") > "$OUT/$1.log" 2>&1 &
+  beside=$!
+  trap 'pkill -P $beside; kill $beside 2> /dev/null' EXIT
+  (export OMP_NUM_THREADS=$half; "$2")
+  wait $beside || { cat "$OUT/$1.log" >&2; exit 1; }
+  trap - EXIT
+  cat "$OUT/$1.log"
+}

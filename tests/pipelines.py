@@ -12,7 +12,7 @@ REPOSITORY = Path(__file__).parents[1]
 def pipeline(tmp_path, name, **settings):
     """Run a script of ``examples`` with stand-ins, which note their arguments in ``commands`` and make its files.
 
-    The stand-in is killed after so many commands as ``KILL_AFTER`` says.
+    The stand-in is killed after so many commands as ``KILL_AFTER`` says, and fails at those that hold ``FAIL_AT``.
     """
     stand_in = tmp_path / "bin" / "fairdiff"
     stand_in.parent.mkdir(exist_ok=True)
@@ -21,6 +21,7 @@ def pipeline(tmp_path, name, **settings):
         "import os, pathlib, shlex, signal, sys\n"
         "command = shlex.join([pathlib.Path(sys.argv[0]).name, *sys.argv[1:]])\n"
         "with open('commands', 'a') as log: print(command, file=log)\n"
+        "if os.environ.get('FAIL_AT', '<none>') in command: sys.exit('this part fails')\n"
         "folder = next((a.split('=')[1] for a in sys.argv if a.startswith('--trainer.default_root_dir=')), '.')\n"
         "for file in ('synthetic/manifest.csv', 'last.ckpt'):\n"
         "    path = pathlib.Path(folder, file); path.parent.mkdir(parents=True, exist_ok=True)\n"

@@ -1,6 +1,7 @@
 """FairDiff through the command line: the shipped configurations and the pipeline's own commands, tiny."""
 
 import csv
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -103,6 +104,28 @@ def test_the_pipeline_refuses_the_folder_of_other_settings(tmp_path):
         assert words in again.stderr
     assert not (tmp_path / "commands").exists()
     assert pipeline(tmp_path, "fairdiff_pipeline.sh", TOTAL="300", OUT="runs/other").returncode == 0
+
+
+def test_masks_and_images_are_learned_side_by_side(tmp_path):
+    assert pipeline(tmp_path, "fairdiff_pipeline.sh").returncode == 0
+    one_by_one = recorded(tmp_path)
+    (tmp_path / "commands").unlink()
+    shutil.rmtree(tmp_path / "runs")
+    done = pipeline(tmp_path, "fairdiff_pipeline.sh", JOBS="2")
+    assert done.returncode == 0
+    assert sorted(recorded(tmp_path)) == sorted(one_by_one)
+    assert recorded(tmp_path)[-5:] == one_by_one[-5:], "images come after both"
+    assert all(f"{part}/7" in done.stdout for part in range(1, 8))
+
+
+@pytest.mark.parametrize("part", ["points.yaml", "controlnet.yaml"])
+def test_what_fails_beside_another_part_stops_the_pipeline(tmp_path, part):
+    done = pipeline(tmp_path, "fairdiff_pipeline.sh", JOBS="2", FAIL_AT=part)
+    assert done.returncode != 0
+    assert "this part fails" in done.stderr
+    assert not any(
+        "equal_scale" in word for command in recorded(tmp_path) for word in command if "default_root" in word
+    )
 
 
 def test_the_pipelines_commands_lead_to_the_comparison(tmp_path, capsys, monkeypatch):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import SamConfig, SamModel
@@ -22,7 +23,7 @@ _FRESH = tuple(f"mask_decoder.{part}." for part in ("mask_tokens", "output_hyper
 
 
 class SAMed(nn.Module):
-    """SAM with low-rank updates of queries and values, and one mask token per class.
+    """SAM with low-rank updates of queries and values (LoRA, by peft), and one mask token per class.
 
     Zhang and Liu, *Customized Segment Anything Model for Medical Image Segmentation*, arXiv:2304.13785. No prompt is
     given: the decoder sees SAM's embedding of "no mask". The image encoder is frozen but for the low-rank updates, so
@@ -76,9 +77,10 @@ class SAMed(nn.Module):
         self.in_channels, self.num_classes = in_channels, num_classes
         self.image_size = _checked_side(image_size, sizes.vision_config.patch_size)
         self.sam: Any = _build_sam(sizes, self.image_size, num_classes, pretrained)
-        self.sam.vision_encoder.requires_grad_(False)
         for layer in self.sam.vision_encoder.layers:
-            layer.attn.qkv = QueryValueLoRA(layer.attn.qkv, rank)
+            layer.attn.qkv = SplitProjection(layer.attn.qkv)
+        updates = LoraConfig(r=rank, lora_alpha=rank, target_modules=r".*\.qkv\.(query|value)")  # alpha = r: no scaling
+        inject_adapter_in_model(updates, self.sam.vision_encoder)  # which freezes all else in it
         for name, values in (("mean", _MEAN if normalize else (0.0,) * 3), ("std", _STD if normalize else (1.0,) * 3)):
             self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
 
@@ -98,26 +100,23 @@ class SAMed(nn.Module):
         return F.interpolate(masks, size=image.shape[2:], mode="bilinear", align_corners=False)
 
 
-class QueryValueLoRA(nn.Module):
-    """Fused projection (..., D) -> (..., 3 D) to query, key and value, with low-rank updates of query and value.
-
-    Hu et al., *LoRA*, arXiv:2106.09685, without scaling factor. The key is left alone, which an update of the fused
-    matrix as a whole would not do. The updates start at zero.
+class SplitProjection(nn.Module):
+    """SAM's fused projection (..., D) -> (..., 3 D) as those to query, key and value, which can be adapted one by one.
 
     Args:
-        qkv: the projection, which is frozen.
-        rank: of each update.
+        fused: the projection that it takes the place of, with the same output.
     """
 
-    def __init__(self, qkv: nn.Linear, rank: int) -> None:
+    def __init__(self, fused: nn.Linear) -> None:
         super().__init__()
-        self.qkv = qkv.requires_grad_(False)
-        self.query, self.value = (_low_rank(qkv.in_features, rank, qkv.out_features // 3) for _ in range(2))
+        sizes = fused.in_features, fused.out_features // 3, fused.bias is not None
+        self.query, self.key, self.value = (nn.Linear(*sizes) for _ in range(3))
+        for i, projection in enumerate((self.query, self.key, self.value)):
+            projection.load_state_dict({name: whole.chunk(3)[i] for name, whole in fused.named_parameters()})
 
     def forward(self, x: Tensor) -> Tensor:
         """Query, key and value, one after the other, of x."""
-        query, key, value = self.qkv(x).chunk(3, dim=-1)
-        return torch.cat([query + self.query(x), key, value + self.value(x)], dim=-1)
+        return torch.cat([self.query(x), self.key(x), self.value(x)], dim=-1)
 
 
 class ClassDecoder(SamMaskDecoder):
@@ -134,12 +133,6 @@ class ClassDecoder(SamMaskDecoder):
         heads = zip(self.output_hypernetworks_mlps, tokens[:, 0, 1:].unbind(1), strict=True)
         weights = torch.stack([head(token) for head, token in heads], dim=1)
         return torch.einsum("bkc, bchw -> bkhw", weights, features)
-
-
-def _low_rank(inputs: int, rank: int, outputs: int) -> nn.Sequential:
-    down, up = nn.Linear(inputs, rank, bias=False), nn.Linear(rank, outputs, bias=False)
-    nn.init.zeros_(up.weight)
-    return nn.Sequential(down, up)
 
 
 def _build_sam(config: Any, side: int, num_classes: int, pretrained: str | None) -> Any:

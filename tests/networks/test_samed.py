@@ -9,7 +9,7 @@ from transformers.models.sam.modeling_sam import SamMaskDecoder
 
 from fairdiff_lightning.networks.build import build_network
 from fairdiff_lightning.networks.checkpoint import CheckpointMismatchError
-from fairdiff_lightning.networks.samed import QueryValueLoRA, SAMed
+from fairdiff_lightning.networks.samed import SAMed, SplitProjection
 
 TINY = {
     "vision_config": {
@@ -89,21 +89,32 @@ def test_normalization_is_that_of_sam():
     torch.testing.assert_close(tiny(in_channels=3)(image), raw((255 * image - mean) / std))
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_split_projection_is_the_fused_one(bias):
+    fused, x = torch.nn.Linear(6, 18, bias), torch.randn(2, 5, 6)
+    torch.testing.assert_close(SplitProjection(fused)(x), fused(x))
+
+
 def test_low_rank_updates_change_nothing_at_the_start():
-    linear, x = torch.nn.Linear(6, 18), torch.randn(2, 5, 6)
-    assert torch.equal(QueryValueLoRA(linear, 2)(x), linear(x))
+    network, image = tiny(), torch.rand(2, 1, 32, 32)
+    before = network(image)
+    for name, parameter in network.named_parameters():
+        if "lora_A" in name:
+            torch.nn.init.normal_(parameter)
+    assert torch.equal(network(image), before)
 
 
 def test_low_rank_updates_are_products_added_to_query_and_value_only():
-    linear, x = torch.nn.Linear(6, 18), torch.randn(2, 5, 6)
-    lora = QueryValueLoRA(linear, 2)
-    for update in (lora.query, lora.value):
-        torch.nn.init.normal_(update[1].weight)
-    weight = linear.weight.detach().clone()
-    weight[:6] += lora.query[1].weight @ lora.query[0].weight
-    weight[12:] += lora.value[1].weight @ lora.value[0].weight
-    torch.testing.assert_close(lora(x), torch.nn.functional.linear(x, weight, linear.bias))
-    assert torch.equal(lora(x)[..., 6:12], linear(x)[..., 6:12])
+    network, x = tiny(rank=2), torch.randn(2, 5, 32)
+    projection = network.sam.vision_encoder.layers[0].attn.qkv
+    expected = [p.get_submodule("base_layer")(x) if p is not projection.key else p(x) for p in projection.children()]
+    for i, adapted in ((0, projection.query), (2, projection.value)):
+        down, up = adapted.lora_A["default"].weight, adapted.lora_B["default"].weight
+        torch.nn.init.normal_(up)
+        assert down.shape == (2, 32)
+        expected[i] = expected[i] + x @ (up @ down).T
+    torch.testing.assert_close(projection(x), torch.cat(expected, -1))
+    assert type(projection.key) is torch.nn.Linear
 
 
 def test_decoder_gives_all_masks_that_transformers_cuts_in_two():
@@ -121,14 +132,16 @@ def test_decoder_gives_all_masks_that_transformers_cuts_in_two():
 
 def test_only_updates_prompt_encoder_and_decoder_learn():
     network = tiny()
-    for module in network.modules():
-        if isinstance(module, QueryValueLoRA):
-            torch.nn.init.normal_(module.query[1].weight)
-            torch.nn.init.normal_(module.value[1].weight)
+    for name, parameter in network.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
     network(torch.rand(2, 1, 32, 32)).square().mean().backward()
     learning = {name.removeprefix("sam.") for name, p in network.named_parameters() if p.grad is not None}
     updates = {
-        f"vision_encoder.layers.{i}.attn.qkv.{q}.{k}.weight" for i in (0, 1) for q in ("query", "value") for k in (0, 1)
+        f"vision_encoder.layers.{i}.attn.qkv.{q}.lora_{k}.default.weight"
+        for i in (0, 1)
+        for q in ("query", "value")
+        for k in "AB"
     }
     used = {f"mask_decoder.{name}" for name, _ in network.sam.mask_decoder.named_parameters() if "iou_pred" not in name}
     assert learning == updates | used | {"prompt_encoder.no_mask_embed.weight"}
