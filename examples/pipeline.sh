@@ -13,7 +13,10 @@ begin() { # settings: of all that is in the folder
   echo "$1" > "$OUT/settings"
 }
 
-say() { printf '\n== %s (%d s)\n' "$1" $((SECONDS - start)); }
+say() { # what comes next; a part that runs beside others ends here when its script was killed
+  kill -0 $$ 2> /dev/null || exit 1
+  printf '\n== %s (%d s)\n' "$1" $((SECONDS - start))
+}
 
 checkpoint() { # folder, name: the newest, nothing when there is none
   if [ -d "$1" ]; then find "$1" -name "$2.ckpt" -exec ls -t {} + | head -n 1; fi
@@ -37,14 +40,13 @@ segment() { # name, arguments
   fairdiff test --config "$segmenter" "${data[@]}" "${quiet[@]}" "--trainer.default_root_dir=$folder" --ckpt_path=last --verbose=false
 }
 
-side_by_side() { # two functions: one after the other, or with JOBS=2 at once on half of the cores each
+side_by_side() { # two functions: one after the other, or with JOBS=2 at once on half of the cores each; one that fails stops both
   if [ "$JOBS" = 1 ]; then "$1"; "$2"; return; fi
-  local half; half=$((($(getconf _NPROCESSORS_ONLN) + 1) / 2))
-  (export OMP_NUM_THREADS=$half; "$1") > "$OUT/$1.log" 2>&1 &
-  beside=$!
-  trap 'pkill -P $beside; kill $beside 2> /dev/null' EXIT
-  (export OMP_NUM_THREADS=$half; "$2")
-  wait $beside || { cat "$OUT/$1.log" >&2; exit 1; }
+  local threads=${OMP_NUM_THREADS:-$((($(getconf _NPROCESSORS_ONLN) + 1) / 2))}
+  (export OMP_NUM_THREADS=$threads; "$1") & first=$!
+  (export OMP_NUM_THREADS=$threads; "$2") & second=$!
+  trap 'pkill -P "$first,$second"; kill "$first" "$second" 2> /dev/null' EXIT
+  while kill -0 "$first" 2> /dev/null && kill -0 "$second" 2> /dev/null; do sleep 1; done
+  if kill -0 "$first" 2> /dev/null; then wait "$second"; wait "$first"; else wait "$first"; wait "$second"; fi
   trap - EXIT
-  cat "$OUT/$1.log"
 }

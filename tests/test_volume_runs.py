@@ -6,6 +6,7 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from test_cli import CONFIGS
@@ -30,15 +31,21 @@ def test_prostates_are_trained_tested_and_predicted_by_stage_and_centre():
     network = "--model.network_args={feature_size: 4}"
     arguments = ["--config", str(CONFIGS / "demo" / "prostate_dmoe.yaml"), *SMALL, network, *QUIET]
     main(["fit", *arguments, *SHORT])
-    main(["test", *arguments, "--ckpt_path=last", "--model.mirror=[0]"])
+    report = ["--trainer.callbacks=FairnessReport", "--trainer.callbacks.subsets=centre"]
+    main(["test", *arguments, "--ckpt_path=last", "--model.mirror=[0]", *report])
     (path,) = Path().rglob("fairness.json")
     report = json.loads(path.read_text())
     assert list(report["attributes"]) == ["t_stage", "centre"]
     assert [list(a["groups"]) for a in report["attributes"].values()] == [["T1", "T2", "T3", "T4"], ["A", "B"]]
+    assert list(report["subsets"]) == ["centre A", "centre B"]
+    assert [sum(s["t_stage"]["images"].values()) for s in report["subsets"].values()] == [8, 8]
+    assert sum(report["attributes"]["t_stage"]["images"].values()) == 16
     assert list(path.parent.rglob("*.png")) or "data:image/png" in path.with_name("report.html").read_text()
     main(["predict", *arguments, "--ckpt_path=last", "--trainer.limit_predict_batches=1"])
     files = sorted(Path().rglob("predictions/**/*.nii.gz"))
     assert len(files) == 4
+    (manifest,) = Path().rglob("predictions/manifest.csv")
+    assert {manifest.parent / file for file in pd.read_csv(manifest)["file"]} == set(files)
     records = {r.id: r for r in Prostate().index(ProstateDataModule().folder).records}
     for file in files:
         record = records[file.name.removesuffix(".nii.gz")]
