@@ -1,7 +1,7 @@
 """Volumes per second that the data modules read, cold and cached, and how fast sliding windows segment.
 
-``python benchmarks/volumes.py``: phantoms in their native layouts (gzipped NIfTI), without loader processes. The mixture in chunks has
-a benchmark of its own, ``volume_mixture.py``.
+``python benchmarks/volumes.py``: phantoms in their native layouts (gzipped NIfTI), without loader processes.
+The mixture in chunks has a benchmark of its own, ``volume_mixture.py``.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ DecodeMethod = Literal["polygon", "closing"]
 NUM_RAYS = 1024
 """Directions in which an outline's radius is known, hence vertices of its polygon."""
 MIN_DENSE = 32
-"""Points of a structure from which noise and outliers can be told from its shape."""
+"""Points of a structure from which noise and outliers can be told from its shape: fewer may be its corners."""
 OUTLIER_DEVIATIONS, OUTLIER_RADIUS = 6.0, 0.1
 """An outlier is off by more than both: robust standard deviations of the radii, and a share of the median radius."""
 NOISE_FACTOR = 8.0
@@ -38,7 +38,8 @@ def points_to_mask(
     their angle about their geometric median, those whose radius is far off the running median of their neighbours'
     are left out, and the polygon through the rest, its radius smoothed over the angle as far as the points scatter
     about it, is filled exactly: a pixel whose centre lies inside belongs to it. What lies outside the enclosing
-    structure is cut off. Outlines must be star-shaped about their median: every point seen from it.
+    structure is cut off. Of a structure with fewer than 32 points every one is taken as it is, since it may be a
+    corner: there a stray point does harm. Outlines must be star-shaped about their median: every point seen from it.
 
     ``closing`` is FairDiff's decoder, its bias included: points of a disc and a cup, truncated to pixels, those with
     |z| < 5 erased, closed by an ellipse of 15 pixels, 20 times, filled, and the cup kept two pixels inside the disc.

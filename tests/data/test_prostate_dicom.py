@@ -62,21 +62,43 @@ def plan(root, *names):
     return str(root)
 
 
-def test_dicom_plans_are_predicted_as_structures_through_the_module(tmp_path, monkeypatch):
+def predict_what_shines(root, tmp_path, monkeypatch):
+    """Predict the cases of a table by a model that marks what shines; the files that the manifest lists."""
     monkeypatch.setenv("FAIRDIFF_CACHE", str(tmp_path / "cache"))
-    root = plan(tmp_path / "in", "p1", "p2")
     sizes = {"image_size": (16, 16, 8), "patch_size": None, "spacing": None, "crop_foreground": False}
     data = ProstateDataModule(root, fractions=(0.0, 0.0, 1.0), batch_size=2, **sizes)
     network = {"channels": (4, 8), "strides": (2,)}
     model = Segmenter("unet", network, num_classes=2, in_channels=1, image_size=(16, 16, 8))
     monkeypatch.setattr(model, "infer", lambda batch, stage: _bright(batch["image"]))
-    reads = []
-    real = Prostate.read_image
-    monkeypatch.setattr(Prostate, "read_image", lambda self, record: reads.append(record.id) or real(self, record))
     writer = PredictionWriter(str(tmp_path / "out"))
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
     Trainer(callbacks=[writer], **quiet).predict(model, data, return_predictions=False)
-    made = sorted((tmp_path / "out" / "masks").iterdir())
+    manifest = pd.read_csv(tmp_path / "out" / "manifest.csv")
+    made = [tmp_path / "out" / file for file in manifest["file"]]
+    assert sorted(made) == sorted((tmp_path / "out" / "masks").iterdir())
+    assert [file.stem for file in made] == manifest["id"].tolist()
+    return made
+
+
+def test_new_dicom_patients_are_predicted_as_segmentations_through_the_module(tmp_path, monkeypatch):
+    root = plan(tmp_path / "in", "p1", "p2")
+    truths = {name: read_volume(tmp_path / "in" / name).array > 0 for name in ("p1", "p2")}
+    table = pd.read_csv(tmp_path / "in" / "cases.csv").assign(mask="", split="")
+    table.to_csv(tmp_path / "in" / "cases.csv", index=False)
+    made = predict_what_shines(root, tmp_path, monkeypatch)
+    assert [file.stem for file in made] == ["p1", "p2"]
+    for file in made:
+        image = read_volume(tmp_path / "in" / file.stem)
+        assert pydicom.dcmread(file).Modality == "SEG"
+        assert np.array_equal(read_segmentation(file, image).array, truths[file.stem])
+
+
+def test_dicom_plans_are_predicted_as_structures_through_the_module(tmp_path, monkeypatch):
+    root = plan(tmp_path / "in", "p1", "p2")
+    reads = []
+    real = Prostate.read_image
+    monkeypatch.setattr(Prostate, "read_image", lambda self, record: reads.append(record.id) or real(self, record))
+    made = predict_what_shines(root, tmp_path, monkeypatch)
     assert [file.name for file in made] == ["p1.dcm", "p2.dcm"]
     for file in made:
         image = read_volume(tmp_path / "in" / file.stem)

@@ -150,6 +150,14 @@ def test_few_points_are_taken_as_the_corners_of_a_polygon():
     assert (decoded != expected).sum() <= 4  # the rays pass beside the corners
 
 
+@pytest.mark.parametrize("count", [12, 20, 28])
+def test_corners_among_few_points_are_no_outliers(count, dice):
+    square = torch.zeros(100, 120, dtype=torch.int64)
+    square[20:81, 40:101] = 1
+    decoded = points_to_mask(mask_to_points(square, count, structures=LESION), square.shape, structures=LESION)
+    assert dice(decoded, square, 1) >= 0.99
+
+
 ellipses = st.tuples(
     st.floats(-10, 130), st.floats(-10, 150), st.floats(12, 70), st.floats(12, 70), st.floats(0.3, 0.8)
 )

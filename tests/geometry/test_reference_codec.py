@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from fairdiff_lightning.geometry import StructureSpec, mask_to_points, points_to_mask
-from fairdiff_lightning.geometry.reference import edge_pixels
+from fairdiff_lightning.geometry.reference import _paint, edge_pixels
 
 
 def sha1(points):
@@ -54,6 +54,9 @@ def test_closing_equals_pc03(reference, reference_mask, outline, thinned, dice):
         "disc_points_only": thinned[thinned[:, 2] < 0],
     }
     assert clouds.keys() == expected.keys()
+    noisy = "fps512_plus_noise_rng0_sigma_1_1_0.2"
+    apart = torch.stack([torch.arange(512.0), torch.zeros(512), clouds[noisy][:, 2]], 1)  # a pixel for each
+    assert sum(np.count_nonzero(layer) for layer in _paint(apart, (512, 1), 5.0)) == expected[noisy]["points_kept"]
     for name, cloud in clouds.items():
         mask = points_to_mask(cloud, (664, 798), method="closing")
         assert mask.flatten().bincount(minlength=3).tolist() == expected[name]["counts_bg_rim_cup"], name
