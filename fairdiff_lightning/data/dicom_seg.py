@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -59,22 +59,24 @@ def write_segmentation(path: str | Path, mask: Volume, image: Volume, names: Map
     return path
 
 
-def read_segmentation(path: str | Path, image: Volume) -> Volume:
+def read_segmentation(path: str | Path, image: Volume, classes: Mapping[int, int] | None = None) -> Volume:
     """Read a binary DICOM SEG as class indices on the grid of the image.
 
     Args:
         path: of the file, from any software; its frames are placed by their own positions in the patient.
         image: the DICOM series that was segmented.
+        classes: class of each segment that is read, by its number, from 1 to 255; several may be of one class. None
+            reads all, each as a class of its number.
 
     Returns:
-        uint8, the number of the segment at each voxel; 0 where there is none, as in slices without a frame.
+        uint8, the class at each voxel; 0 where there is none, as in slices without a frame.
 
     Raises:
         InvalidSampleError: for no SEG, a damaged one, one that is not binary, of another frame of reference or grid, or
-            with segments that overlap.
+            with classes that overlap.
     """
     headers, grid = series_of(image, path)
-    segmentation = open_object(path, SegmentationStorage, "a DICOM segmentation (SEG)")
+    segmentation = open_object(path, (SegmentationStorage,), "a DICOM segmentation (SEG)")
     if (kind := segmentation.get("SegmentationType")) != "BINARY":
         raise InvalidSampleError(path, f"SegmentationType {kind}", "BINARY")
     check_frame_of_reference(segmentation.get("FrameOfReferenceUID"), headers, path)
@@ -86,7 +88,10 @@ def read_segmentation(path: str | Path, image: Volume) -> Volume:
     except (ValueError, AttributeError, RuntimeError) as error:
         raise InvalidSampleError(path, f"pixels unreadable ({error})", "a whole file; fetch it again") from error
     array = np.zeros(grid.shape, np.uint8)
-    for k, number, frame in zip(places, numbers, frames, strict=True):
+    for k, segment, frame in zip(places, numbers, frames, strict=True):
+        number = segment if classes is None else classes.get(segment, 0)
+        if not number:
+            continue
         taken = array[..., k][frame]
         if np.any((taken != 0) & (taken != number)):
             others = sorted({*taken.tolist()} - {0, number})
@@ -95,8 +100,8 @@ def read_segmentation(path: str | Path, image: Volume) -> Volume:
     return Volume(array, grid.affine).reoriented(image.axes)
 
 
-def open_object(path: str | Path, kind: str, expected: str) -> Dataset:
-    """Read a DICOM object of one storage class.
+def open_object(path: str | Path, kinds: Collection[str], expected: str) -> Dataset:
+    """Read a DICOM object of one of some storage classes.
 
     Raises:
         InvalidSampleError: for an unreadable file, or with the modality of another one.
@@ -105,7 +110,7 @@ def open_object(path: str | Path, kind: str, expected: str) -> Dataset:
         found = pydicom.dcmread(path)
     except (InvalidDicomError, OSError, EOFError, ValueError) as error:
         raise InvalidSampleError(path, f"unreadable ({error})", expected) from error
-    if found.get("SOPClassUID") != kind:
+    if found.get("SOPClassUID") not in kinds:
         raise InvalidSampleError(path, f"a DICOM object of modality {found.get('Modality')}", expected)
     return found
 

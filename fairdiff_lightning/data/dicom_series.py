@@ -38,6 +38,8 @@ from fairdiff_lightning.data.grid import RAS, Array, Native, Volume, check_affin
 from fairdiff_lightning.data.native import visible_files
 
 PLACE = ("SeriesInstanceUID", "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing")
+GRID = ("Rows", "Columns", "BitsStored", "PixelRepresentation", "ImageOrientationPatient", "PixelSpacing")
+WHOSE = ("PatientID", "FrameOfReferenceUID")
 NO_SLICES = (
     EnhancedContinuousRTImageStorage,
     EnhancedRTImageStorage,
@@ -47,6 +49,8 @@ NO_SLICES = (
     SegmentationStorage,
 )
 """Objects with pixels that lie beside a series and are none of its slices."""
+OFF_LINE = 0.1
+"""How far a slice may lie beside the line that the others lie on, as a share of a pixel."""
 TO_RAS = np.diag([-1.0, -1.0, 1.0])
 """DICOM's x and y run to the patient's left and back."""
 NEW_SERIES_AXES = ("P", "L", "S")
@@ -61,8 +65,9 @@ def read_series(folder: str | Path, axes: Sequence[str] | None = RAS, series: st
         series: SeriesInstanceUID of the one to read, where there are several.
 
     Raises:
-        InvalidSampleError: for no or several series, slices missing, doubled, of unequal size or orientation, a tilted
-            gantry, a spacing that is not above 0, or pixels that cannot be decoded.
+        InvalidSampleError: for no or several series, slices missing, doubled, moved, of unequal size or orientation, or
+            of several patients or frames of reference, a tilted gantry, a spacing that is not above 0, or pixels that
+            cannot be decoded.
     """
     slices = _of_one_series(Path(folder), series)
     for path, header in slices:
@@ -152,14 +157,16 @@ def _images(folder: Path) -> Iterator[tuple[Path, Dataset]]:
 def _check_alike(slices: Sequence[tuple[Path, Dataset]], folder: str | Path) -> None:
     first_path, first = slices[0]
     for path, header in slices[1:]:
-        for name in ("Rows", "Columns", "BitsStored", "PixelRepresentation", "ImageOrientationPatient", "PixelSpacing"):
+        for name in GRID:
             one, other = (np.asarray(h[name].value, float) for h in (first, header))
             if not np.allclose(one, other, atol=1e-4):
-                raise InvalidSampleError(
-                    folder,
-                    f"{name} {one.tolist()} in {first_path.name} and {other.tolist()} in {path.name}",
-                    "slices that are alike",
-                )
+                found = f"{name} {one.tolist()} in {first_path.name} and {other.tolist()} in {path.name}"
+                raise InvalidSampleError(folder, found, "slices that are alike")
+    for name in WHOSE:
+        named = {str(header[name].value): path.name for path, header in slices if header.get(name)}
+        if len(named) > 1:
+            found = " and ".join(f"{value!r} in {file}" for value, file in list(named.items())[:2])
+            raise InvalidSampleError(folder, f"{name} {found}", "slices of one patient in one frame of reference")
 
 
 def _check_spacing(path: Path, header: Dataset) -> None:
@@ -189,6 +196,7 @@ def _affine(headers: Sequence[Dataset], folder: str | Path) -> NDArray[np.float6
     height, width = np.asarray(headers[0].PixelSpacing, float)
     places = np.array([np.asarray(header.ImagePositionPatient, float) for header in headers])
     step = _step(places, through, headers, folder)
+    _check_in_line(places, np.stack([down, right], 1), min(height, width), folder)
     affine = np.eye(4)
     affine[:3, :3] = TO_RAS @ np.stack([down * height, right * width, step], 1)
     affine[:3, 3] = TO_RAS @ places[0]
@@ -217,6 +225,29 @@ def _step(places: Array, through: Array, headers: Sequence[Dataset], folder: str
     return (places[-1] - places[0]) / (len(places) - 1)  # type: ignore[no-any-return]
 
 
+def _check_in_line(places: Array, plane: Array, pixel: float, folder: str | Path) -> None:
+    """Check that slices lie one behind the other, along whatever line most of them do.
+
+    Args:
+        places: of the slices in order, (N, 3), mm.
+        plane: directions of rows and columns, (3, 2).
+        pixel: the smaller side of a pixel, mm.
+        folder: named in the error.
+    """
+    beside, numbers = places @ plane, np.arange(len(places))[:, None]
+    far = max(len(places) // 2, 1)  # over half of the scan, positions that are rounded tell the line well
+    drift = np.median((beside[far:] - beside[:-far]) / far, 0) if len(places) > 1 else np.zeros(2)
+    beside = beside - numbers * drift
+    off = np.linalg.norm(beside - np.median(beside, 0), axis=1)
+    worst = int(np.argmax(off))
+    if off[worst] > OFF_LINE * pixel:
+        raise InvalidSampleError(
+            folder,
+            f"slice {worst} at {places[worst].round(3).tolist()} mm, {off[worst]:.3f} mm beside the line of the others",
+            "slices one behind the other; are they of several scans?",
+        )
+
+
 def _thickness(header: Dataset, folder: str | Path) -> float:
     """Of a slice that lies alone, mm."""
     for name in ("SpacingBetweenSlices", "SliceThickness"):
@@ -233,7 +264,8 @@ def _check_every_slice(gap: float, headers: Sequence[Dataset], folder: str | Pat
 
     Slices may lie further apart than they are thick (lungs are scanned so), some scanners state the space between
     slices for their distance, and numbers may count echoes too. So it takes two witnesses to say that slices are
-    missing: a gap of n times the spacing, and numbers that count by n. A spacing alone that differs is a warning.
+    missing: a gap of n times the spacing, and numbers that count by n. One alone, a spacing that differs or a gap of n
+    times the thickness, is a warning.
     """
     names = ("SpacingBetweenSlices", "SliceThickness")
     name = next((name for name in names if headers[0].get(name)), None)
@@ -241,19 +273,19 @@ def _check_every_slice(gap: float, headers: Sequence[Dataset], folder: str | Pat
         return
     stated = abs(float(headers[0][name].value))
     times = round(gap / stated)
+    multiple = times > 1 and abs(gap / stated - times) < 0.05
     numbers = np.array([int(header.get("InstanceNumber") or 0) for header in headers])
-    counted = set(np.abs(np.diff(numbers)).tolist())
-    if times > 1 and abs(gap / stated - times) < 0.05 and counted == {times}:
+    if multiple and set(np.abs(np.diff(numbers)).tolist()) == {times}:
         raise InvalidSampleError(
             folder,
             f"slices {gap:.3f} mm apart for a {name} of {stated:g} mm, of InstanceNumber "
             f"{numbers[0]}, {numbers[1]}, ... that count by {times}",
             f"every slice; {times - 1} of {times} are missing",
         )
-    if name == "SpacingBetweenSlices" and abs(gap - stated) > 0.05 * gap:
+    if multiple if name == "SliceThickness" else abs(gap - stated) > 0.05 * gap:
         rank_zero_warn(
-            f"{folder}: slices lie {gap:.3f} mm apart, which is taken, but SpacingBetweenSlices is {stated:g} mm. "
-            "Check that none is missing."
+            f"{folder}: slices lie {gap:.3f} mm apart, which is taken, but {name} is {stated:g} mm. Check that none is "
+            "missing."
         )
 
 

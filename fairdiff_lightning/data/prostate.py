@@ -12,11 +12,14 @@ from numpy.typing import NDArray
 
 from fairdiff_lightning.data.case_table import check_groups, check_ids
 from fairdiff_lightning.data.dbt import read_table
+from fairdiff_lightning.data.dicom_masks import SUFFIXES, is_dicom, is_structure_set, read_dicom_mask
+from fairdiff_lightning.data.dicom_seg import write_segmentation
 from fairdiff_lightning.data.errors import InvalidSampleError
 from fairdiff_lightning.data.native import Index, Record, visible_files
 from fairdiff_lightning.data.nifti import labels_on
 from fairdiff_lightning.data.phantoms import allocate
 from fairdiff_lightning.data.phantoms_pelvis import SCANNERS, STAGES, ct, grid_affine, pelvis
+from fairdiff_lightning.data.rtstruct import write_structures
 from fairdiff_lightning.data.sample import AttributeSpec
 from fairdiff_lightning.data.volume_dataset import VolumeDataset, check_id, group_index
 from fairdiff_lightning.data.volume_module import VolumeDataModule
@@ -32,7 +35,6 @@ from fairdiff_lightning.data.volumes import (
 )
 
 TABLE, IMAGES, MASKS = "cases.csv", "images", "masks"
-DICOM = (".dcm", ".dicom")
 COLUMNS: Mapping[str, Sequence[str]] = {"t_stage": STAGES, "centre": ("A", "B")}
 TARGETS = ("CTV.*", "PTV.*")
 PHANTOM_SIZE, PHANTOM_STAGES = (64, 64, 32), {0: 0.1, 1: 0.5, 2: 0.3, 3: 0.1}
@@ -45,17 +47,18 @@ class Prostate(VolumeDataset):
 
     Layout: ``cases.csv`` with ``id``, ``image`` and ``mask`` (paths below its folder), the columns that are
     attributes, by the names of their groups, empty where unknown, and optionally ``patient`` and ``split`` (train or
-    test, or nothing). An image is a NIfTI file, or a folder of one DICOM series; a mask is a NIfTI file, or an RTSTRUCT
-    (``.dcm``) of which the structures that match are joined. Without the table, ``images/<id>.nii.gz`` and
-    ``masks/<id>.nii.gz`` are paired, as samples are written. An image without a mask is for prediction alone.
+    test, or nothing). An image is a NIfTI file, or a folder of one DICOM series; a mask is a NIfTI file, or a DICOM
+    RTSTRUCT or SEG of which the structures or segments that match are joined. Without the table, ``images/<id>.nii.gz``
+    and ``masks/<id>.nii.gz`` are paired, as samples are written, and so are ``images/<id>/`` of a DICOM series and
+    ``masks/<id>.dcm``. An image without a mask is for prediction alone.
 
     Args:
         columns: columns of the table that are attributes -> names of their groups.
         classes: names of the mask's values, background first.
         targets: values of a NIfTI mask that are joined to the one target, as dMoE joins CTV, PTV and GTV; a mask with
             another value above 0 is an error. The first is what masks are written with. None keeps ``classes`` apart.
-        structures: regular expressions of the whole names of the structures of an RTSTRUCT that are joined to the
-            target, in capitals or not.
+        structures: regular expressions of the whole names of the structures of an RTSTRUCT, or of the segments of a
+            SEG, that are joined to the target, in capitals or not. A segment may have the name of its class instead.
         window: HU that are [0, 1] in a sample; the default is the paper's.
         hu_offset: HU of what is stored as 0, for files whose offset was never applied (-1024, or -1000).
         ignore_mask_affine: take the image's affine for its mask too; the shapes must agree all the same.
@@ -69,8 +72,8 @@ class Prostate(VolumeDataset):
     expected_tree: ClassVar[str] = (
         f"  {TABLE}    id, image, mask, and the attributes (t_stage, centre); patient and split are optional\n"
         "  <image>      a NIfTI file, or a folder of one DICOM series of CT, for each row\n"
-        "  <mask>       a NIfTI file, or an RTSTRUCT (.dcm); nothing in a row that is for prediction alone\n"
-        f"or, without the table, {IMAGES}/<id>.nii.gz and {MASKS}/<id>.nii.gz"
+        "  <mask>       a NIfTI file, or a DICOM RTSTRUCT or SEG; nothing in a row that is for prediction alone\n"
+        f"or, without the table, {IMAGES}/<id>.nii.gz (or a folder <id>) and {MASKS}/<id>.nii.gz (or <id>.dcm)"
     )
     source: ClassVar[str] = (
         "The prostate CT of dMoE is private; give your own in this layout. MR of the prostate is Task05 of the Medical "
@@ -126,19 +129,19 @@ class Prostate(VolumeDataset):
         return volume.with_array(check_hu(volume.array, file, self.hu_offset).astype(np.float32))
 
     def read_labels(self, record: Record) -> Volume:
-        """Read the mask, or join the structures on the grid of the image, in RAS order."""
+        """Read the mask, or join the structures or segments on the grid of the image, in RAS order."""
         file = record.files["mask"]
-        if _is_dicom(file):
-            return self._structures(file, self.read_image(record))
+        if is_dicom(file):
+            return self._dicom_mask(file, self.read_image(record))
         mask = self.read_mask_file(record)
         return check_mask(mask, len(self.classes), file) if self.targets is None else _joined(mask, self.targets, file)
 
     def read_volumes(self, record: Record) -> tuple[Volume, Volume]:
         """Read image and mask, on one grid."""
-        if not _is_dicom(record.files["mask"]):
+        if not is_dicom(record.files["mask"]):
             return super().read_volumes(record)
         image = self.read_image(record)
-        return image, self._structures(record.files["mask"], image)
+        return image, self._dicom_mask(record.files["mask"], image)
 
     def write_volumes(self, directory: Path, sample_id: str, image: Volume, mask: Volume, **notes: Any) -> Path:
         """Store a CT (HU, rounded to int16) and its mask as ``images/<id>.nii.gz`` and ``masks/<id>.nii.gz``.
@@ -164,10 +167,7 @@ class Prostate(VolumeDataset):
         path, image = _place(directory, MASKS, record.id), self.read_grid(record)
         if not Path(record.files["image"]).is_dir():
             return write_nifti(path, labels_on(image, self._values(mask)))
-        from fairdiff_lightning.data.dicom_seg import write_segmentation
-        from fairdiff_lightning.data.rtstruct import write_structures
-
-        write = write_structures if _is_dicom(record.files.get("mask", "")) else write_segmentation
+        write = write_structures if is_structure_set(record.files.get("mask", "")) else write_segmentation
         names, placed = dict(enumerate(self.classes[1:], 1)), image.with_array(mask.astype(np.uint8))
         return write(path.with_name(f"{record.id}.dcm"), placed, image, names)
 
@@ -193,10 +193,8 @@ class Prostate(VolumeDataset):
             mask.astype(np.uint8) if self.targets is None else np.where(mask > 0, self.targets[0], 0).astype(np.uint8)
         )
 
-    def _structures(self, file: str, image: Volume) -> Volume:
-        from fairdiff_lightning.data.rtstruct import read_structures
-
-        return read_structures(file, image, self.structures)
+    def _dicom_mask(self, file: str, image: Volume) -> Volume:
+        return read_dicom_mask(file, image, self.classes, self.structures, joined=self.targets is not None)
 
     def _read_table(self, path: Path) -> list[dict[str, str]]:
         """The rows, of which everything but the files is checked."""
@@ -211,19 +209,19 @@ class Prostate(VolumeDataset):
         return [{str(name): value for name, value in row.items()} for row in table.to_dict("records")]
 
     def _rows(self, root: Path) -> tuple[dict[str, dict[str, str]], list[InvalidSampleError]]:
-        """Where each row of the table stands and what it says, or would say of a pair; errors for masks alone."""
+        """Where each row of the table stands and what it says, or would say of a pair; errors for what is no pair."""
         if (root / TABLE).is_file():
             return {f"{root / TABLE}, row {k + 2}": row for k, row in enumerate(self._read_table(root / TABLE))}, []
-        images, masks = _nifti(root / IMAGES), _nifti(root / MASKS)
+        images, masks = _files(root / IMAGES), _files(root / MASKS)
         if not images:
             raise self.not_found(root, f"no {TABLE} and no {IMAGES}" if root.is_dir() else "no such folder")
-        errors = [
-            InvalidSampleError(mask, f"no {IMAGES} of its name", "both") for k, mask in masks.items() if k not in images
-        ]
-        rows = {
-            str(file): {"id": stem, "image": str(file), "mask": str(masks.get(stem, ""))}
-            for stem, file in images.items()
-        }
+        rows, errors = {}, []
+        for name in dict.fromkeys([*images, *masks]):
+            try:
+                row = _pair(name, images.get(name, []), masks.get(name, []))
+                rows[row["image"]] = row
+            except InvalidSampleError as error:
+                errors.append(error)
         return rows, errors
 
     def _records(self, root: Path, rows: Mapping[str, Mapping[str, str]]) -> Index:
@@ -270,7 +268,7 @@ class ProstateDataModule(VolumeDataModule):
         columns: columns of the table that are attributes -> names of their groups.
         classes: names of the mask's values, background first.
         targets: values of a NIfTI mask that are joined to the one target; None keeps ``classes`` apart.
-        structures: regular expressions of the names of the structures of an RTSTRUCT that are joined to the target.
+        structures: regular expressions of the names of structures (RTSTRUCT) or segments (SEG) that are joined.
         window: HU that are [0, 1] in a sample.
         hu_offset: HU of what is stored as 0, for files whose offset was never applied.
         ignore_mask_affine: take the image's affine for its mask too.
@@ -319,13 +317,26 @@ def _place(root: Path, folder: str, name: str) -> Path:
     return root / folder / f"{check_id(name, root / folder)}.nii.gz"
 
 
-def _nifti(folder: Path) -> dict[str, Path]:
-    """Stem -> file, in order."""
-    return {p.name.split(".nii")[0]: p for p in visible_files(folder, "*") if p.name.endswith(NIFTI)}
+def _files(folder: Path) -> dict[str, list[Path]]:
+    """Id -> NIfTI files, DICOM files and folders of its name, in order."""
+    found: dict[str, list[Path]] = {}
+    for path in visible_files(folder, "*"):
+        if path.is_dir():
+            found.setdefault(path.name, []).append(path)
+        elif path.name.endswith(NIFTI):
+            found.setdefault(path.name.split(".nii")[0], []).append(path)
+        elif is_dicom(path):
+            found.setdefault(path.stem if path.suffix.lower() in SUFFIXES else path.name, []).append(path)
+    return found
 
 
-def _is_dicom(file: str) -> bool:
-    return file.lower().endswith(DICOM)
+def _pair(name: str, images: Sequence[Path], masks: Sequence[Path]) -> dict[str, str]:
+    for files in (images, masks):
+        if len(files) > 1:
+            raise InvalidSampleError(files[0], f"'{files[1].name}' beside it", "one image and one mask of each id")
+    if not images:
+        raise InvalidSampleError(masks[0], f"no {IMAGES} of its name", "both")
+    return {"id": name, "image": str(images[0]), "mask": str(masks[0]) if masks else ""}
 
 
 def _phantom_cases() -> Iterator[tuple[int, str, str]]:

@@ -134,7 +134,7 @@ def write_structures(path: str | Path, mask: Volume, image: Volume, names: Mappi
 
 
 def _open(path: str | Path) -> Dataset:
-    return open_object(path, RTStructureSetStorage, "a DICOM structure set (RTSTRUCT)")
+    return open_object(path, (RTStructureSetStorage,), "a DICOM structure set (RTSTRUCT)")
 
 
 def _name(roi: Dataset) -> str:

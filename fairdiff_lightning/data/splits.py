@@ -56,7 +56,11 @@ def split_units(units: Iterable[str], fractions: Sequence[float], seed: int) -> 
 def split_records(
     records: Sequence[Record], fractions: Sequence[float], seed: int, drawn_over: str | None = None
 ) -> Splits:
-    """Split records by unit; the owner's test set stays what it is and validation is then cut from the rest.
+    """Split records by unit; the owner's test set stays what it is, and nothing that is marked ``train`` is tested on.
+
+    Without a published test set, the test split is drawn from the units of which no record is marked, by the fractions.
+    Units that are marked ``train``, and all but the test set where there is one, are divided into training and
+    validation by the first two. Only fractions of (0, 0, 1) take everything for the test, marked or not.
 
     Args:
         records: all real samples, before any filter: what is left out of one run must not move a case in another.
@@ -66,11 +70,14 @@ def split_records(
     """
     official = [r for r in records if r.split == "test"]
     rest = [r for r in records if r.split != "test"]
-    if official:
-        train, val, _ = fractions
-        fractions = (train / (train + val), val / (train + val), 0.0) if train + val > 0 else fractions
+    train, val, _ = fractions
+    untested = (train / (train + val), val / (train + val), 0.0) if train + val > 0 else fractions
+    units = {r.unit for r in rest}
+    trained = units if official else {r.unit for r in rest if r.split == "train"}
     first = {r.unit for r in rest if drawn_over is None or r.attributes[drawn_over] != UNKNOWN}
-    parts = split_units(first, fractions, seed) | split_units({r.unit for r in rest} - first, fractions, seed)
+    parts: dict[str, str] = {}
+    for drawn in (first, units - first):
+        parts |= split_units(drawn & trained, untested, seed) | split_units(drawn - trained, fractions, seed)
     splits: Splits = {"train": [], "val": [], "test": list(official)}
     for record in rest:
         splits[parts[record.unit]].append(record)

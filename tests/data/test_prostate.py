@@ -11,9 +11,10 @@ from scipy import ndimage
 from fairdiff_lightning.data.errors import DatasetNotFoundError, InvalidSampleError
 from fairdiff_lightning.data.phantoms_pelvis import SCANNERS, STAGES, Tissue, ct, grid_affine, mr, pelvis
 from fairdiff_lightning.data.prostate import PHANTOM_SIZE, Prostate
+from fairdiff_lightning.data.rtstruct import read_structures, write_structures
 from fairdiff_lightning.data.sample import validate
 from fairdiff_lightning.data.splits import check_disjoint, split_records
-from fairdiff_lightning.data.volumes import Volume, write_volume
+from fairdiff_lightning.data.volumes import Volume, read_volume, write_volume
 
 SIZE = (8, 9, 5)
 AFFINE = np.array([[-2.0, 0, 0, 7], [0, -1.5, 0, 20], [0, 0, 3, -40], [0, 0, 0, 1]])
@@ -266,14 +267,11 @@ def test_volumes_that_do_not_fit_are_named(tmp_path):
 
 def planned(root):
     """A DICOM series and its structure set, listed in a table."""
-    rtstruct = pytest.importorskip("fairdiff_lightning.data.rtstruct")
-    from fairdiff_lightning.data.volumes import read_volume
-
     mask = Volume(target(), np.diag([1.5, 1.5, 3, 1]))
     write_volume(root / "p1" / "ct", mask.with_array(scan()))
     series = read_volume(root / "p1" / "ct")
     names = {1: "CTV prostate", 2: "GTV"}
-    rtstruct.write_structures(root / "p1" / "rs.dcm", mask, series, names)
+    write_structures(root / "p1" / "rs.dcm", mask, series, names)
     (root / "cases.csv").write_text("id,image,mask,t_stage,centre\n1,p1/ct,p1/rs.dcm,T2,A\n")
     return root
 
@@ -290,7 +288,7 @@ def test_structures_are_joined_on_the_grid_of_their_series(tmp_path):
     with pytest.raises(InvalidSampleError, match=r"rs.dcm.*no structure that matches \['PTV'\].*GTV"):
         Prostate(structures=["PTV"]).read_volumes(record)
     written = data.write_prediction(tmp_path / "out", record, mask.array)
-    again = Prostate(structures=["target"])._structures(str(written), image)
+    again = read_structures(written, image, ["target"])
     assert np.array_equal(again.array, mask.array), "a prediction for structures is a structure"
 
 

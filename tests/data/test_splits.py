@@ -43,6 +43,22 @@ def test_the_owners_test_set_stays_and_validation_comes_from_the_rest():
     assert (len(splits["train"]), len(splits["val"])) == (80, 10)
 
 
+@given(blank=st.integers(0, 9), unmarked=st.sampled_from([None, "age"]), seed=st.integers(0, 3))
+def test_what_is_marked_for_training_is_never_tested_on(blank, unmarked, seed):
+    marked = [Record(f"t{i}", {}, {"age": i % 2 - 1}, f"t{i}", "train") for i in range(20)]
+    free = [Record(f"b{i}", {}, {"age": 0}, f"b{i}") for i in range(blank)]
+    shared = Record("again", {}, {"age": 0}, "t3")  # of a patient whose other image is marked
+    splits = split_records([*marked, *free, shared], (0.8, 0.1, 0.1), seed, unmarked)
+    check_disjoint(splits)
+    assert {r.id for r in splits["test"]} <= {r.id for r in free}
+    assert bool(splits["test"]) == (blank > 0)
+    assert {r.id for r in splits["val"]} & {r.id for r in marked}, "they may validate"
+    assert sum(map(len, splits.values())) == 21 + blank
+    assert splits["test"] == split_records(free, (0.8, 0.1, 0.1), seed)["test"]
+    everything = split_records([*marked, *free], (0, 0, 1), seed, unmarked)
+    assert len(everything["test"]) == 20 + blank
+
+
 @given(known=st.integers(0, 20), unknown=st.integers(0, 20), seed=st.integers(0, 3))
 def test_units_of_unknown_attribute_do_not_move_the_others(known, unknown, seed):
     sure = [Record(f"k{i}", {}, {"age": 0}, f"k{i}") for i in range(known)]

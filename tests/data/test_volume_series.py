@@ -1,3 +1,5 @@
+import warnings
+
 import numpy as np
 import pydicom
 import pytest
@@ -99,6 +101,24 @@ def test_broken_series_say_what_is_wrong(tmp_path):
         change(folder, k, ImagePositionPatient=[place[0], place[1] + k, place[2]])
     with pytest.raises(InvalidSampleError, match="tilted gantry"):
         read_series(folder)
+    folder = write_ct(tmp_path / "moved", truth)
+    for k in (2, 3):
+        place = pydicom.dcmread(change(folder, k)).ImagePositionPatient
+        change(folder, k, ImagePositionPatient=[place[0] + 40, place[1], place[2]])
+    with pytest.raises(
+        InvalidSampleError, match=r"moved: slice 2 at \[.*\] mm, 40.000 mm beside the line of the others"
+    ):
+        read_series(folder)
+    folder = write_ct(tmp_path / "frames", truth)
+    change(folder, 1, FrameOfReferenceUID="1.1")
+    assert read_series(folder).shape == truth.shape, "the others do not say their own"
+    change(folder, 4, FrameOfReferenceUID="1.2")
+    with pytest.raises(InvalidSampleError, match=r"FrameOfReferenceUID '1.[12]' in \d+.dcm and '1.[12]' in \d+.dcm"):
+        read_series(folder)
+    folder = write_ct(tmp_path / "patients", truth)
+    change(folder, 1, PatientID="P2")
+    with pytest.raises(InvalidSampleError, match=r"PatientID 'P[12]' in \d+.dcm and 'P[12]' in \d+.dcm. .*one patient"):
+        read_series(folder)
     folder = write_ct(tmp_path / "damaged", truth)
     (folder / "x.dcm").write_bytes(b"no DICOM at all")
     with pytest.raises(InvalidSampleError, match=r"x.dcm: unreadable"):
@@ -179,6 +199,37 @@ def thinned(folder, every, **tags):
     return folder
 
 
+@pytest.mark.parametrize("moved", [0, 3, 5])
+@pytest.mark.parametrize("share", [0.08, 0.15])
+def test_slices_may_lie_beside_each_other_by_a_tenth_of_a_pixel(tmp_path, moved, share):
+    truth = scan(shape=(5, 7, 6))
+    folder = write_ct(tmp_path / "ct", truth)
+    place = pydicom.dcmread(change(folder, moved)).ImagePositionPatient
+    beside = share * min(truth.spacing[:2])
+    change(folder, moved, ImagePositionPatient=[place[0], place[1] + beside, place[2]])
+    if share < 0.1:
+        assert read_series(folder).shape == truth.shape
+        return
+    with pytest.raises(InvalidSampleError, match=rf"slice {moved} at .* {beside:.3f} mm beside the line"):
+        read_series(folder)
+
+
+def test_a_gap_of_whole_slices_is_warned_of_where_nothing_is_numbered(tmp_path):
+    folder = thinned(tmp_path / "half", 2)
+    for k in range(6):
+        change(folder, k, InstanceNumber=None)
+    with pytest.warns(UserWarning, match=r"half: slices lie 5.000 mm apart, .*SliceThickness is 2.5 mm"):
+        assert read_series(folder).spacing[2] == pytest.approx(5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for k in range(6):
+            change(folder, k, SpacingBetweenSlices=5)
+        assert read_series(folder).spacing[2] == pytest.approx(5), "the header says so itself"
+        for k in range(6):
+            change(folder, k, SpacingBetweenSlices=None, SliceThickness=3.2)
+        assert read_series(folder).spacing[2] == pytest.approx(5), "no whole number of slices between"
+
+
 @pytest.mark.parametrize("tags", [{}, {"SliceThickness": 1, "SpacingBetweenSlices": 2.5}])
 def test_evenly_missing_slices_are_missed(tmp_path, tags):
     assert read_series(thinned(tmp_path / "whole", 1, **tags)).shape == (5, 7, 12)
@@ -192,7 +243,8 @@ def test_slices_with_space_between_them_are_a_scan(tmp_path):
     folder = thinned(tmp_path / "lung", 2)
     for k in range(6):
         change(folder, k, InstanceNumber=k + 1)
-    assert read_series(folder).spacing[2] == pytest.approx(5), "thin slices of a lung, numbered one after another"
+    with pytest.warns(UserWarning, match=r"SliceThickness is 2.5 mm"):
+        assert read_series(folder).spacing[2] == pytest.approx(5), "thin slices of a lung, numbered one after another"
     echoes = thinned(tmp_path / "echoes", 2)
     for k in range(6):
         change(echoes, k, SliceThickness=4.5)
