@@ -391,8 +391,8 @@ class NativeDataModule(ModuleFacts, LightningDataModule):
             if len(records) < processes:
                 raise ValueError(
                     f"the {part} split of '{self.folder}' has {len(records)} samples for {processes} processes: "
-                    f"fractions {self.fractions}, filters and the splits that the data name leave no more. Change them, or "
-                    "give more data."
+                    f"fractions {self.fractions}, filters and the splits that the data name leave no more. "
+                    "Change them, or give more data."
                 )
             prepare_edges(self.frame, self.dataset, records[rank::processes])
             native = part == "predict" or (part in HELD_OUT and self.evaluate_at == "native")

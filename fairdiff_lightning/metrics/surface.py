@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -83,7 +84,8 @@ def _scores(
     backward = get_surface_distance(target_edge, pred_edge, spacing=spacing)
     distances = torch.cat([outward, backward])
     near = (distances <= tolerance).float().mean()
-    return torch.stack([distances.quantile(0.95), outward.mean(), distances.mean(), near])
+    far = torch.tensor(np.percentile(distances.double().numpy(), 95))  # Tensor.quantile takes no more than 2**24
+    return torch.stack([far.float(), outward.mean(), distances.mean(), near])
 
 
 class GroupedHausdorff95(GroupedMaskScores):

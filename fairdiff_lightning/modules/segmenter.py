@@ -66,6 +66,8 @@ class Segmenter(LightningModule):
         lr_scheduler: built on the optimizer; one of :mod:`~fairdiff_lightning.modules.schedules` learns the run's
             length by itself.
         lr_interval: when the scheduler steps.
+        monitor: logged value that ``best.ckpt`` is chosen by, ``val/loss`` the lowest, others the highest; None for
+            ``val/es_dice/<attribute>``, without an attribute ``val/dice``.
 
     Shapes:
         image (B, C, H, W[, D]) in [0, 1]; mask (B, 1, H, W[, D]) class indices; logits (B, K, H, W[, D]).
@@ -105,6 +107,7 @@ class Segmenter(LightningModule):
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
         lr_interval: Literal["step", "epoch"] = "step",
+        monitor: str | None = None,
     ) -> None:
         super().__init__()
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler"])
@@ -122,12 +125,15 @@ class Segmenter(LightningModule):
         )
         self._init_from = init_from
 
-    monitor_mode: Literal["min", "max"] = "max"
-
     @property
     def monitor(self) -> str:
-        """The logged value that the best checkpoint maximises."""
-        return f"val/es_dice/{self.attribute}" if self.attribute else "val/dice"
+        """The logged value that the best checkpoint is chosen by."""
+        return self.hparams["monitor"] or (f"val/es_dice/{self.attribute}" if self.attribute else "val/dice")
+
+    @property
+    def monitor_mode(self) -> Literal["min", "max"]:
+        """Whether the best is the lowest or the highest."""
+        return "min" if self.monitor.endswith("loss") else "max"
 
     def network_arguments(self) -> dict[str, Any]:
         """Arguments of the network beside its name, classes, channels and size."""

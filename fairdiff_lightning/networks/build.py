@@ -63,8 +63,8 @@ def build_network(
         arguments: further arguments of the network's class; they win over our defaults.
 
     Raises:
-        ValueError: for an unknown name or argument, with those that there are; for sides that the network cannot halve,
-            here and when the network sees an image.
+        ValueError: for an unknown name or argument, with those that there are; for ``deep_supervision`` of ``dynunet``;
+            for sides that the network cannot halve, here and when the network sees an image.
     """
     sides = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
     if len(sides) not in (2, 3):
@@ -149,7 +149,15 @@ def _dynunet_defaults(sides: Sides, arguments: Mapping[str, Any]) -> dict[str, A
     """Kernels and strides of nnU-Net for isotropic voxels; the filters double from 32 on, up to MONAI's limit.
 
     Given filters are as many levels as they are, or fewer where the image is too small for so many.
+
+    Raises:
+        ValueError: for deep supervision, with which training sees the logits (B, N, K, ...) of several levels.
     """
+    if arguments.get("deep_supervision"):
+        raise ValueError(
+            "network 'dynunet' has deep_supervision=True, with which it returns the logits of several levels when "
+            "training, but the losses here take those of the image alone: leave deep_supervision out."
+        )
     filters = arguments.get("filters")
     strides = arguments.get("strides") or _nnunet_strides(sides)[: len(filters) if filters else None]
     return {"strides": strides, "kernel_size": (3,) * len(strides), "upsample_kernel_size": tuple(strides[1:])}

@@ -74,7 +74,18 @@ def test_volumes_equal_the_definition(spacing):
         both = np.concatenate([outward, backward])
         assert scores.hausdorff95[index].item() == pytest.approx(np.percentile(both, 95), abs=1e-5)
         assert scores.average_distance[index].item() == pytest.approx(outward.mean(), abs=1e-5)
+        assert scores.symmetric_distance[index].item() == pytest.approx(both.mean(), abs=1e-5)
         assert scores.surface_dice[index].item() == pytest.approx((both <= 1.2).mean(), abs=1e-5)
+
+
+@pytest.mark.parametrize("counts", [(1, 1), (2, 1), (19, 1), (13, 29), (2**24, 1)])
+def test_percentile_of_few_and_of_very_many_distances_lies_on_the_line_between_two(monkeypatch, counts):
+    distances = torch.arange(sum(counts), dtype=torch.float32) / 2
+    parts = iter(distances.flip(0).split(counts))  # from the far end, so that nothing is sorted
+    monkeypatch.setattr("monai.metrics.utils.get_surface_distance", lambda *_, **__: next(parts))
+    mask = torch.ones(1, 1, 1, 1, dtype=torch.int64)
+    expected = 0.95 * (sum(counts) - 1) / 2
+    assert surface_scores(mask, mask, 2).hausdorff95.item() == pytest.approx(expected, rel=1e-7)
 
 
 @pytest.mark.filterwarnings("ignore:.*always_return_as_numpy:FutureWarning")

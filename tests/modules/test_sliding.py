@@ -56,12 +56,18 @@ def test_groups_survive_as_a_padded_channel():
     assert torch.equal(read_group_channel(padded[:, 0]), group)
 
 
-def test_windows_at_a_time_do_not_change_the_prediction_of_a_volume():
+def one_and_three_windows_at_a_time(dtype):
+    """Two modules of the same weights, and volumes of three groups."""
     torch.manual_seed(0)
-    single = DMoESegmenter(**VOLUMES, window_batch_size=1).eval().double()  # so that no near tie of experts is decided
-    several = DMoESegmenter(**VOLUMES, window_batch_size=3).eval().double()  # by the last bit
+    single, several = (DMoESegmenter(**VOLUMES, window_batch_size=count).eval().to(dtype) for count in (1, 3))
     several.load_state_dict(single.state_dict())
-    batch = {"image": torch.rand(3, 1, 71, 31, 29).double(), "attributes": {"race": torch.tensor([2, 0, 1])}}
+    image = torch.rand(3, 1, 71, 31, 29)
+    return single, several, {"image": image.to(dtype), "attributes": {"race": torch.tensor([2, 0, 1])}}
+
+
+def test_windows_at_a_time_do_not_change_the_prediction_of_a_volume():
+    """In float64, so that no near tie of experts is decided by the last bit."""
+    single, several, batch = one_and_three_windows_at_a_time(torch.float64)
     seen = {}
     for module in (single, several):
         module.network.register_forward_pre_hook(
@@ -75,6 +81,16 @@ def test_windows_at_a_time_do_not_change_the_prediction_of_a_volume():
     assert found.shape == (3, 3, 71, 31, 29)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
     assert (other - expected).abs().amax((1, 2, 3, 4)).min() > 1e-3, "another group, another prediction"
+
+
+def test_windows_at_a_time_do_not_change_the_masks_in_float32():
+    single, several, batch = one_and_three_windows_at_a_time(torch.float32)
+    moved = {**batch, "attributes": {"race": torch.tensor([0, 1, 2])}}
+    with torch.no_grad():
+        expected, found = (module.infer(batch, "test").argmax(1) for module in (single, several))
+        other = several.infer(moved, "test").argmax(1)
+    assert (found != expected).float().mean() < 1e-4, "equal, but for ties that the last bit may decide"
+    assert (other != expected).float().mean() > 1e-2, "another group, another mask"
 
 
 @pytest.mark.parametrize("inference", ["whole", "sliding"])

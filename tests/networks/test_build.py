@@ -178,6 +178,13 @@ def test_unknown_argument_is_named_with_those_that_there_are(name, argument):
         build_network(name, 1, 2, 32, {argument: 3})
 
 
+def test_deep_supervision_is_refused_by_name():
+    arguments = {"filters": (4, 6, 8), "deep_supr_num": 1}
+    with pytest.raises(ValueError, match=r"'dynunet' has deep_supervision=True.*leave deep_supervision out"):
+        build_network("dynunet", 1, 2, (16, 16, 16), {**arguments, "deep_supervision": True})
+    assert not build_network("dynunet", 1, 2, (16, 16, 16), {**arguments, "deep_supervision": False}).deep_supervision
+
+
 def test_check_of_the_image_leaves_the_weights_alone():
     network = build_network("unet", 1, 2, 32, TWO_LEVELS)
     assert isinstance(network, nn.Module)
