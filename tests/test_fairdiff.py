@@ -12,7 +12,8 @@ from pipelines import REPOSITORY, pipeline, recorded
 from test_cli import CONFIGS, DIFFBOOST, GENERATORS
 
 from fairdiff_lightning.cli import main, newest_checkpoint
-from fairdiff_lightning.data import FairSeg
+from fairdiff_lightning.data import FairSeg, FairSegDataModule
+from fairdiff_lightning.data.provenance import read_training_cases
 
 QUIET = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.accelerator=cpu"]
 SIZE = ["--data.image_size=32", "--data.batch_size=4", "--data.num_workers=0"]
@@ -167,3 +168,21 @@ def test_the_pipelines_commands_lead_to_the_comparison(tmp_path, capsys, monkeyp
         mask, image = (np.load(Path("runs/fairdiff", file))["disc_cup_mask"] for file in files)
         assert np.array_equal(mask, image)
     assert len(FairSeg().index(Path("runs/fairdiff/controlnet/synthetic")).records) == len(made)
+
+
+def test_a_model_of_one_group_learns_and_generates_that_group_alone():
+    config = ["--config", str(CONFIGS / "demo" / "fairseg_points.yaml")]
+    only = ["--data.groups={race: [Black]}", "--model.conditional=false"]
+    arguments = [*config, *SIZE, *TINY["points"], *QUIET, *only, "--trainer.default_root_dir=run"]
+    main(["fit", *arguments, "--trainer.max_steps=2", "--trainer.max_epochs=-1", "--trainer.limit_val_batches=1"])
+    main(["predict", *arguments, "--data.generate.per_group=3", "--ckpt_path=last"])
+    made = rows("run/synthetic")
+    assert [(row["id"], row["race"]) for row in made] == [(f"synthetic_Black_{i:05d}", "Black") for i in range(3)]
+    assert {path.stem for path in Path("run/synthetic").glob("*.npz")} == {row["id"] for row in made}
+    everyone = FairSegDataModule(attributes=["race"], image_size=32)
+    everyone.prepare_data()
+    everyone.setup()
+    races = {record.id: record.attributes["race"] for part in everyone.splits.values() for record in part}
+    seen = {mark.partition("\t")[0] for mark in read_training_cases(Path("run/synthetic"))}
+    assert len(seen) > 3
+    assert {races[name] for name in seen} == {1}, "Black alone was learned from"

@@ -53,7 +53,10 @@ class Comparison:
     folds: Tensor | None = None
 
     def rows(self) -> list[list[str]]:
-        """The table as text, the header first; of one group without what compares groups."""
+        """The table as text, the header first; of one group without what compares groups.
+
+        A statistic comes as mean and 95 % interval, ``0.890 [0.876, 0.901]``; overall Dice also with its ``± std``.
+        """
         compares = len(self.groups) > 1
         folds = ["Dice over folds"] if self.folds is not None else []
         gain, groups = f"{'ES-' if compares else ''}Dice minus {self.runs[0]}", self.groups if compares else ()
@@ -61,9 +64,9 @@ class Comparison:
         return [header, *(self._row(r, compares) for r in range(len(self.runs)))]
 
     def _row(self, r: int, compares: bool) -> list[str]:
-        es_dice, _, worst, *groups = self.value[r].tolist()
+        es_dice, overall, worst, *groups = self.value[r].tolist()
         intervals = list(zip(self.low[r].tolist(), self.high[r].tolist(), strict=True))
-        dice = f"{float(self.value[r, 1]):.3f} ± {float(self.std[r]):.3f}"
+        dice = f"{_cell(overall, intervals[1])} ± {float(self.std[r]):.3f}"
         shown = [_cell(es_dice, intervals[0]), dice, _cell(worst, intervals[2])] if compares else [dice]
         folds = [] if self.folds is None else ["{:.3f} ± {:.3f}".format(*self.folds[r].tolist())]
         p_value = "-" if self.p[r].isnan() else f"{float(self.p[r]):.2g}"

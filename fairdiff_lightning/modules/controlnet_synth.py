@@ -69,7 +69,8 @@ class ControlNetSynth(PartlyTrained, GenerativeModule):
         condition: ``one_hot`` masks, masks in ``colours`` (what published ControlNets of segmentations expect), or the
             ``edge`` map of the batch.
         prompt: text for all, with ``{group}`` where the group's name goes, "Prostate, MRI" for example; None needs each
-            sample's own. A text encoder reads a sample's own ``prompt`` instead wherever there is one.
+            sample's own. A text encoder reads a sample's own ``prompt`` instead wherever there is one; a base without
+            it learns embeddings of this text alone, and warns once of samples that bring another.
         negative_prompt: what guidance leads away from.
         prompt_mixture: weights of the texts whose embeddings, summed, samples are drawn with, or a preset, see
             :class:`PromptMixture`; None takes the prompt alone.
@@ -351,7 +352,8 @@ class ControlNetSynth(PartlyTrained, GenerativeModule):
     def save_pretrained(self, folder: str | Path) -> None:
         """Save the pipeline in diffusers' layout, with learned prompts as ``prompts.safetensors``.
 
-        ``StableDiffusionControlNetPipeline.from_pretrained(folder)`` reads it, and so does this module with
+        ``StableDiffusionControlNetPipeline.from_pretrained(folder)`` reads it; a base without a text encoder, as the
+        tiny one, needs ``text_encoder=None, tokenizer=None`` there. This module reads it with
         ``base=folder, controlnet=folder/controlnet``, learned prompts included. Either folder tells which cases were
         trained on, where that is known.
         """

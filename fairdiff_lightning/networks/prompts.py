@@ -119,6 +119,7 @@ class Prompts(nn.Module):
         self.template, self.num_groups, self.encoder = template, num_groups, encoder
         self.negative_text, self.mixture = negative, mixture
         self.names: Sequence[str] | None = None
+        self._told = False
         self.learned: nn.Parameter | None = None
         if encoder is None:
             if template is None or negative or mixture:
@@ -165,12 +166,24 @@ class Prompts(nn.Module):
         return self._own(self.negative_text, device=device) if self.negative_text else self.empty(device)
 
     def check_batch(self, batch: Mapping[str, Any]) -> None:
-        """Refuse a batch without the prompts that are needed, or with another number of them than samples."""
+        """Refuse a batch without the prompts that are needed, or with another number of them than samples.
+
+        Its texts say nothing to learned embeddings: a warning tells so, once, when they differ from the template.
+        """
         first, given = batch["id"][0], batch.get("prompt")
         if given is None and self.template is None:
             raise ValueError(f"'{first}' has {sorted(batch)}; prompt=None needs 'prompt'.")
         if isinstance(given, str) or (given is not None and len(given) != len(batch["id"])):
             raise ValueError(f"'prompt' of {first!r} and others is {given!r}; expected is a text for each sample.")
+        others = [text for text in given or () if text != self.template]
+        if self.encoder is None and others and not self._told:
+            self._told = True
+            warnings.warn(
+                f"the batch of '{first}' and others brings prompts such as '{others[0]}', which need a base with a "
+                f"text encoder. This one has none: what it learns for prompt='{self.template}'"
+                f"{' and each of its groups' if self.num_groups else ''} is used instead.",
+                stacklevel=2,
+            )
 
     def check_guidance(self, scale: float, dropout: float) -> None:
         """Refuse guidance away from an empty prompt that is learned, but not trained."""

@@ -1,4 +1,5 @@
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -49,6 +50,31 @@ def test_scores_are_those_of_the_tables(tmp_path):
     assert (found.value[:, :3] <= found.high[:, :3]).all()
 
 
+def test_every_statistic_is_shown_with_its_interval(tmp_path):
+    rng = np.random.default_rng(0)
+    paths = {name: [write(tmp_path / f"{name}.csv", rng, shift)] for name, shift in (("real", 0.0), ("more", 0.05))}
+    found = compare_runs(paths, "race", GROUPS, num_resamples=50)
+    header, *lines = found.rows()
+    for r, line in enumerate(lines):
+        for s, name in enumerate(("ES-Dice", "Dice", "worst group")):
+            mean, low, high = (float(given[r, s]) for given in (found.value, found.low, found.high))
+            assert low < mean < high
+            spread = f" ± {float(found.std[r]):.3f}" if name == "Dice" else ""
+            assert line[header.index(name)] == f"{mean:.3f} [{low:.3f}, {high:.3f}]{spread}"
+
+
+def test_the_interval_of_dice_is_that_of_its_resampled_mean(tmp_path):
+    """The percentile interval of a mean of many images is its mean and 1.96 standard errors."""
+    rng, per_group = np.random.default_rng(0), 200
+    table = pd.DataFrame({"id": [f"c{i:03d}" for i in range(3 * per_group)], "race": list(GROUPS) * per_group})
+    table.assign(dice_rim=rng.uniform(0.5, 0.9, len(table))).to_csv(tmp_path / "a.csv", index=False)
+    found = compare_runs({"real": [tmp_path / "a.csv"]}, "race", GROUPS)
+    dice = pd.read_csv(tmp_path / "a.csv").dice_rim
+    reach = 1.96 * dice.std() / len(dice) ** 0.5
+    assert found.low[0, 1].item() == pytest.approx(dice.mean() - reach, abs=0.15 * reach)
+    assert found.high[0, 1].item() == pytest.approx(dice.mean() + reach, abs=0.15 * reach)
+
+
 def test_the_gain_is_paired(tmp_path):
     first = write(tmp_path / "a.csv", np.random.default_rng(0))
     second = write(tmp_path / "b.csv", np.random.default_rng(0), 0.05)
@@ -81,7 +107,9 @@ def test_the_script_prints_and_saves_the_table_of_the_newest_reports(tmp_path, c
     assert rows[0][6] == "-"
     assert float(rows[1][6]) < 1e-4
     dice = pd.read_csv(tmp_path / "a" / "fairness" / "cases.csv")[["dice_rim", "dice_cup"]].mean(axis=1)
-    assert rows[0][3] == f"{dice.mean():.3f} ± {dice.std():.3f}"
+    mean, *interval, _, std = re.findall(r"[\d.]+|±", rows[0][3])
+    assert (mean, std) == (f"{dice.mean():.3f}", f"{dice.std():.3f}")
+    assert float(interval[0]) < dice.mean() < float(interval[1])
     with pytest.raises(FileNotFoundError, match=r"no fairness.json below '.*nothing'"):
         script.main([f"real={tmp_path / 'nothing'}"])
 
@@ -171,7 +199,8 @@ def test_without_attributes_dice_alone_is_compared(tmp_path, capsys):
     header, _, *lines = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()]
     assert header == ["run", "cases", "Dice", "Dice minus real", "p (Dice)"]
     dice = [pd.read_csv(p, index_col="id").sort_index()[["dice_rim", "dice_cup"]].mean(axis=1) for p in paths]
-    assert [line[2] for line in lines] == [f"{d.mean():.3f} ± {d.std():.3f}" for d in dice]
+    for line, d in zip(lines, dice, strict=True):
+        assert re.fullmatch(rf"{d.mean():.3f} \[0\.\d{{3}}, 0\.\d{{3}}\] ± {d.std():.3f}", line[2])
     gain, interval = lines[1][3].split(" ", 1)
     low, high = json.loads(interval)
     assert float(gain) == pytest.approx((dice[1] - dice[0]).mean(), abs=6e-4)

@@ -457,8 +457,22 @@ def test_a_samples_own_prompt_wins_where_a_text_encoder_reads_it(sd):
     own = module._prompts_of(batch(prompt=texts))
     assert torch.equal(own, module.prompts.encode(texts, module.device))
     assert not torch.equal(own, module._prompts_of(batch()))
-    learned = tiny()
-    assert torch.equal(learned._prompts_of(batch(prompt=texts)), learned._prompts_of(batch()))
+
+
+def test_a_samples_own_prompt_that_no_text_encoder_reads_is_told_of_once():
+    module, texts = tiny().eval(), ["left eye", "right eye", "eye"]
+    told = (
+        r"'s0' and others brings prompts such as 'left eye', which need a base with a text encoder.*prompt='\{group\}'"
+    )
+    with pytest.warns(UserWarning, match=told):
+        made = module.generate(batch(prompt=texts))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(made["image"], module.generate(batch(prompt=texts))["image"])
+        assert torch.equal(made["image"], module.generate(batch())["image"])
+        tiny(prompt="Fundus").losses(batch(prompt=["Fundus"] * 3))  # what the module has learned
+    with pytest.warns(UserWarning, match="such as 'eye'.*prompt='Fundus'"):
+        tiny(prompt="Fundus").losses(batch(prompt=["Fundus", "eye", "eye"]))
 
 
 @pytest.mark.parametrize("prompt", [["left eye"], "eye"])
@@ -688,17 +702,24 @@ def test_the_saved_pipeline_draws_what_the_module_draws(sd, tmp_path, kind):
     }
     if kind == "latent":
         texts = {"prompt": ["fundus of unknown", "fundus of asian"]}
-    latents = pipeline(
-        image=module.condition(made),
-        num_inference_steps=2,
-        guidance_scale=module.hparams["guidance_scale"],
-        generator=[torch.Generator().manual_seed(int(seed)) for seed in made["seed"]],
-        output_type="latent",
-        **{name: v.detach() if isinstance(v, torch.Tensor) else v for name, v in texts.items()},
-    ).images
+
+    def draw(output_type):
+        return pipeline(
+            image=module.condition(made),
+            num_inference_steps=2,
+            guidance_scale=module.hparams["guidance_scale"],
+            generator=[torch.Generator().manual_seed(int(seed)) for seed in made["seed"]],
+            output_type=output_type,
+            **{name: v.detach() if isinstance(v, torch.Tensor) else v for name, v in texts.items()},
+        ).images
+
+    latents, pictures = draw("latent"), draw("np")
     torch.testing.assert_close(module.decode(latents), module.generate(made)["image"], atol=2e-3, rtol=0)
+    assert pictures.shape == (2, 24, 16, pipeline.vae.config.in_channels)
+    assert np.isfinite(pictures).all()
     decoded = pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor).sample
-    assert decoded.shape == (2, pipeline.vae.config.in_channels, 24, 16)
+    expected = (decoded / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).detach().numpy()
+    np.testing.assert_allclose(pictures, expected, atol=1e-5)
     if kind == "tiny":
         from safetensors.torch import load_file
 
@@ -822,6 +843,14 @@ def test_a_wrong_base_says_what_is_missing(tmp_path):
     (tmp_path / "notes.txt").write_text("no model")
     with pytest.raises(ValueError, match=r"unet/config\.json, vae/config\.json.* missing; it holds notes\.txt"):
         ControlNetSynth(base=str(tmp_path))
+
+
+def test_a_base_without_its_weights_is_refused(sd, tmp_path):
+    folder = shutil.copytree(sd, tmp_path / "bare")
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"base='.*bare' cannot be loaded: .*diffusion_pytorch_model"):
+        ControlNetSynth(**PLAIN, base=str(folder))
+    ControlNetSynth(**PLAIN, base=str(folder), pretrained=False)  # which needs its configurations alone
 
 
 def changed(base, folder, part, **config):
