@@ -83,7 +83,7 @@ class SyntheticDatasetWriter(Callback):
             if self.seen:
                 write_training_cases(self.directory, self.seen)
             with atomic_path(self.directory / self.provenance["config"]) as path:
-                path.write_text(_config(pl_module), encoding="utf-8")
+                path.write_text(_config(trainer, pl_module), encoding="utf-8")
 
     def on_predict_batch_end(
         self,
@@ -191,12 +191,14 @@ def _asked(request: Request) -> dict[str, str]:
 
 def _provenance(trainer: Trainer, module: LightningModule) -> dict[str, str]:
     checkpoint = _sha256(Path(trainer.ckpt_path)) if trainer.ckpt_path else _weights_sha256(module)
-    config = hashlib.sha256(_config(module).encode()).hexdigest()[:12]
+    config = hashlib.sha256(_config(trainer, module).encode()).hexdigest()[:12]
     return dict(zip(_GENERATOR, (type(module).__name__, checkpoint, f"generator-{config}.json"), strict=True))
 
 
-def _config(module: LightningModule) -> str:
-    return json.dumps(to_plain(module.hparams), indent=2, ensure_ascii=False)
+def _config(trainer: Trainer, module: LightningModule) -> str:
+    """The generator's hyperparameters, and how the data module reads what it follows."""
+    reading = getattr(getattr(trainer, "datamodule", None), "reading", {})
+    return json.dumps({**to_plain(module.hparams), "data": reading}, indent=2, ensure_ascii=False)
 
 
 def _sha256(path: Path) -> str:

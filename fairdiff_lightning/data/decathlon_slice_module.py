@@ -19,6 +19,7 @@ from fairdiff_lightning.data.edge_frame import EdgeFrame
 from fairdiff_lightning.data.errors import InvalidSampleError
 from fairdiff_lightning.data.folds import fold_records
 from fairdiff_lightning.data.native import Record
+from fairdiff_lightning.data.provenance import read_training_cases, write_training_cases
 from fairdiff_lightning.data.resize import centre_region, crop_to, resize_mask
 from fairdiff_lightning.data.sample import Sample
 from fairdiff_lightning.data.samplers import EpochSampler
@@ -199,6 +200,9 @@ class DecathlonSliceDataModule(SegmentationDataModule):
                 raise InvalidSampleError(made.files["image"], f"the source {source!r}", f"a slice of '{self.folder}'")
             copies.setdefault((case, seen[source]), {})[parse_slice_id(source)[1]] = made
             seen[source] += 1
+        known = read_training_cases(Path(folder)) | read_training_cases(Path(output))
+        if known:
+            write_training_cases(Path(output), known)
         return [
             self.dataset.write_case(Path(output), cases[case], f"{case}_synthetic_{k:03d}", slices)
             for (case, k), slices in sorted(copies.items())

@@ -167,6 +167,11 @@ class NativeDataModule(ModuleFacts, LightningDataModule):
         """Split -> attribute -> group name -> number of samples, unknown ones included."""
         return count_groups(self.splits, self.attribute_specs)
 
+    @property
+    def reading(self) -> dict[str, str]:
+        """How files become samples: what a generated sample depends on beside its generator and its condition."""
+        return {"dataset": repr(sorted(vars(self.dataset).items())), "frame": repr(self.frame)}
+
     def prepare_data(self) -> None:
         """Write the phantom when there is no root, and check that the tree is the expected one."""
         if self.root is None:

@@ -14,8 +14,12 @@ MOST_NAMED = 5
 
 
 def marks(records: Iterable[Record]) -> frozenset[str]:
-    """Id and bytes of each record's files, which tell it from one of the same id in another data set."""
-    return frozenset(f"{record.id}\t{sum(map(_size, set(record.files.values())))}" for record in records)
+    """Id and unit of each record, with the bytes of its files, which tell them from those of another data set.
+
+    By its unit a volume is known whichever of its slices were trained on.
+    """
+    sized = ((record, sum(map(_size, set(record.files.values())))) for record in records)
+    return frozenset(f"{name}\t{size}" for record, size in sized for name in (record.id, record.unit))
 
 
 def refuse_seen(what: str, seen: frozenset[str], held_out: Iterable[Record]) -> None:
@@ -29,7 +33,7 @@ def refuse_seen(what: str, seen: frozenset[str], held_out: Iterable[Record]) -> 
     Raises:
         ValueError: naming the first of them and counting the others.
     """
-    found = sorted(mark.partition("\t")[0] for mark in seen & marks(held_out)) if seen else []
+    found = sorted(record.id for record in held_out if not seen.isdisjoint(marks([record]))) if seen else []
     if found:
         names = ", ".join(f"'{name}'" for name in found[:MOST_NAMED])
         raise ValueError(

@@ -94,6 +94,11 @@ class SegmentationDataModule(NativeDataModule):
             batch = cast(Sample, {**batch, **{key: value[..., rows, columns] for key, value in shown.items()}})
         return super().augment(batch, draws)
 
+    @property
+    def reading(self) -> dict[str, str]:
+        """How files become samples, and the prompt that goes with them."""
+        return {**super().reading, "prompt": repr(self.caption)}
+
     def make_dataset(
         self, records: Sequence[Record], native_mask: bool = False, cache: Storage = "none", training: bool = False
     ) -> SegmentationDataset:

@@ -11,6 +11,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
 from fairdiff_lightning.callbacks import warn_about_lost_ema
+from fairdiff_lightning.data.provenance import refuse_seen
 from fairdiff_lightning.data.sample import Sample
 from fairdiff_lightning.data.seeding import derive_seed
 from fairdiff_lightning.diffusion import generators
@@ -77,8 +78,14 @@ class GenerativeModule(LightningModule, ABC):
         return generators(batch["seed"]) if "seed" in batch and not self.training else None
 
     def on_train_start(self) -> None:
-        """Note what the data module trains on, and what it knows that an earlier run did."""
+        """Note what the data module trains on, and what it knows that an earlier run did.
+
+        Raises:
+            ValueError: for weights to start from that have seen cases which are held out here, naming them.
+        """
         data: Any = getattr(self.trainer, "datamodule", None)
+        name = f"what {type(self).__name__} starts from"
+        refuse_seen(name, self.training_cases, getattr(data, "held_out_records", ()))
         told = data.state_dict() if data is not None else {}
         self.training_cases |= frozenset(told.get(TRAINING_CASES, ()))
 

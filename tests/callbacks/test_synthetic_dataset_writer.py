@@ -222,6 +222,25 @@ def test_a_generator_that_is_loaded_without_the_trainer_is_known_by_what_it_has_
     assert not (tmp_path / "other").exists()
 
 
+def test_training_does_not_start_from_weights_that_have_seen_held_out_cases(tmp_path):
+    module = Painter()
+    module.training_cases = frozenset(folded(0).state_dict()["training_cases"])
+    run = trainer(tmp_path, max_steps=1, limit_val_batches=0)
+    with pytest.raises(
+        ValueError, match=r"what Painter starts from was trained on \d+ .* test cases: 'data_"
+    ):
+        run.fit(module, folded(1))
+    assert run.global_step == 0
+
+
+@pytest.mark.parametrize("other", [{"prompt": "left"}, {"crop": 600}])
+def test_a_folder_of_samples_that_were_read_otherwise_is_refused(tmp_path, other):
+    predict(tmp_path / "made", Painter(), GenerationPlan(total=3), prompt="right")
+    predict(tmp_path / "made", Painter(), GenerationPlan(total=6), prompt="right")
+    with pytest.raises(ValueError, match=r"of another run: config 'generator-"):
+        predict(tmp_path / "made", Painter(), GenerationPlan(total=6), **{"prompt": "right", **other})
+
+
 def test_what_module_and_data_module_know_is_joined(tmp_path):
     module, data = Painter(), FairSegDataModule(image_size=(12, 16), batch_size=4, generate=GenerationPlan(total=3))
     module.training_cases, data.training_cases = frozenset(["a\t1", "b\t2"]), frozenset(["b\t2", "c\t3"])

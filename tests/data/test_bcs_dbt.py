@@ -221,8 +221,18 @@ def test_boxes_beyond_the_image_and_slices_beyond_the_volume_are_named(tmp_path)
     wide, deep = BCSDBT().index(tmp_path).records
     with pytest.raises(InvalidSampleError, match=r"columns 25 to 32 and rows 3 to 7.*the 31 columns and 23 rows"):
         BCSDBT().read_arrays(wide)
-    with pytest.raises(InvalidSampleError, match="4 frames, so no slice 6"):
+    with pytest.raises(InvalidSampleError, match=r"\[VolumeSlices\], .*_006: 9\. Expected 4, the frames of '.*1-1\.dcm'"):
         BCSDBT().read_arrays(deep)
+
+
+@pytest.mark.parametrize(("depths", "found"), [((50, 50), "50"), ((4, 50), "4 and 50")])
+def test_a_volume_of_another_depth_than_its_boxes_were_drawn_in_is_refused(tmp_path, depths, found):
+    write_dicom(tmp_path / FILE, frames(5))
+    write_tables(tmp_path, *(box(2, depth=depth) for depth in depths))
+    (record,) = BCSDBT().index(tmp_path).records
+    for read in (BCSDBT().read_arrays, BCSDBT().read_mask):
+        with pytest.raises(InvalidSampleError, match=rf"train-v2\.csv\[VolumeSlices\], .*_002: {found}\. Expected 5"):
+            read(record)
 
 
 @pytest.mark.parametrize(
@@ -278,8 +288,8 @@ def test_public_tables_are_read_with_a_volume_at_its_public_path(tmp_path, reald
     size = (2457, 1996)
     bright = np.zeros(size, np.uint16)
     bright[:, -300:] = 500
-    other = encode(np.zeros((8, 8), np.uint16), JPEG2000Lossless)
-    coded = [other] * int(first["Slice"]) + [encode(bright, JPEG2000Lossless)]
+    coded = [encode(np.zeros((8, 8), np.uint16), JPEG2000Lossless)] * int(first["VolumeSlices"])
+    coded[int(first["Slice"])] = encode(bright, JPEG2000Lossless)
     stored = np.broadcast_to(bright, (len(coded), *size))
     write_dicom(tmp_path / first["classic_path"], stored, 10, JPEG2000Lossless, coded)
     dataset = BCSDBT()
@@ -351,3 +361,16 @@ def test_joined_tables_stand_in_for_parts_that_have_none(tmp_path, names, expect
     tables = bcs_dbt._tables_of_boxes(tmp_path)
     found = {"test" if bcs_dbt._part(table) == "test" else "": table.name for table in tables}
     assert {part: name[: len(expected[part])] for part, name in found.items()} == expected
+
+
+def test_a_generator_of_other_slices_of_a_held_out_patient_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("FAIRDIFF_CACHE", str(tmp_path))
+    seen, other = (BCSDBTDataModule(image_size=32, offsets=o, split_seed=k) for o, k in (((0,), 0), ((1,), 3)))
+    for data in (seen, other):
+        data.prepare_data()
+        data.setup()
+    leaked = {r.unit for r in seen.splits["train"]} & {r.unit for r in other.held_out_records}
+    assert leaked
+    assert not {r.id for r in seen.splits["train"]} & {r.id for r in other.held_out_records}
+    with pytest.raises(ValueError, match=r"was trained on \d+ validation or test cases"):
+        other.load_state_dict(seen.state_dict())

@@ -1,6 +1,7 @@
 import errno
 import os
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -87,6 +88,22 @@ def test_the_disk_cache_outlives_the_run_and_knows_content_and_settings(records)
     os.utime(records[0].files["image"], ns=(1, 1))
     list(dataset(records, "disk"))
     assert Counting.decoded == 15
+
+
+class Sliced(HAM10000):
+    """Samples that share a file and show another part of it, which their id says."""
+
+    def read_arrays(self, record):
+        image, mask = super().read_arrays(record)
+        return np.full_like(image, int(record.id)), mask
+
+
+@pytest.mark.parametrize("storage", ["disk", "memory"])
+def test_samples_of_one_file_are_kept_apart(records, storage):
+    for chosen in ([1, 2], [2, 3], [3]):
+        several = [replace(records[0], id=str(40 * k)) for k in chosen]
+        data = SegmentationDataset(Sliced(), several, [], frame=PictureFrame((8, 8)), cache=storage)
+        assert [round(float(sample["image"].max() * 255)) for sample in data] == [40 * k for k in chosen]
 
 
 def test_the_key_names_files_and_settings(tmp_path):

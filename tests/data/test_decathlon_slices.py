@@ -14,6 +14,7 @@ from fairdiff_lightning.data.decathlon_slices import DecathlonSlices
 from fairdiff_lightning.data.edges import CannyEdges
 from fairdiff_lightning.data.errors import DatasetNotFoundError, InvalidSampleError
 from fairdiff_lightning.data.patch_merge import PatchMerge
+from fairdiff_lightning.data.provenance import marks, read_training_cases, write_training_cases
 from fairdiff_lightning.data.requests import GenerationPlan
 from fairdiff_lightning.data.sample import validate
 from fairdiff_lightning.data.slice_stack import (
@@ -445,7 +446,10 @@ def test_generated_slices_become_volumes_with_the_intensities_and_geometry_of_th
     for k, records in chosen.items():
         for record in records:
             made_of(data, record, tmp_path / "slices", f"synthetic_{k}_{record.id}")
+    write_training_cases(tmp_path / "slices", marks(data.splits["train"]))
     paths = data.write_generated(tmp_path / "slices", tmp_path / "made")
+    volumes = {mark.partition("\t")[0] for mark in read_training_cases(tmp_path / "made")}
+    assert {r.unit for r in data.splits["train"]} <= volumes, "whole volumes are known by their slices"
     case = of_case[0].unit
     assert [path.name for path in paths] == [f"{case}_synthetic_000.nii.gz", f"{case}_synthetic_001.nii.gz"]
     stored = nib.load(root / "imagesTr" / f"{case}.nii.gz")
