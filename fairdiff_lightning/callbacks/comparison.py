@@ -94,7 +94,7 @@ def compare_runs(
     Args:
         runs: name -> its ``cases.csv``, one for each seed or fold; the first run is what the others are compared with.
         attribute: whose groups are compared.
-        groups: names of its groups.
+        groups: names of its groups; those without cases are left out.
         num_resamples: of the bootstrap.
         folds: whether a run's tables are folds, each with its own test images, instead of seeds.
 
@@ -112,7 +112,7 @@ def compare_runs(
             _check_same_images(name, table, first)
     means = [np.mean([table[columns].to_numpy() for table in seeds], axis=0) for seeds in tables.values()]
     scores = torch.from_numpy(np.stack(means, 1))
-    names = list(groups)
+    names = [name for name in groups if name in set(first[attribute])] or list(groups)
     group = torch.tensor([names.index(g) if g in names else -1 for g in first[attribute]])
 
     def statistics(scores: Tensor, group: Tensor) -> Tensor:
@@ -130,7 +130,7 @@ def compare_runs(
     per_case = scores.nanmean(2)
     return Comparison(
         attribute=attribute,
-        groups=tuple(groups),
+        groups=tuple(names),
         runs=tuple(runs),
         cases=len(first),
         value=value[:, kept],

@@ -14,7 +14,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from fairdiff_lightning.data.dbt import DBT, name_attributes, read_table
-from fairdiff_lightning.data.dicom import frame_size, read_frame, write_volume
+from fairdiff_lightning.data.dicom import read_frame, volume_size, write_volume
 from fairdiff_lightning.data.errors import InvalidSampleError
 from fairdiff_lightning.data.native import Index, Record, visible_files
 from fairdiff_lightning.data.phantoms import allocate
@@ -38,10 +38,12 @@ class SliceRecord(Record):
 
     Args:
         slice: its number, the first is 0.
+        depths: how many slices its volume has, as the rows of its boxes say.
         boxes: x, y, width and height of the lesions' boxes on it, pixels of the slice as its view names it.
     """
 
     slice: int = 0
+    depths: tuple[int, ...] = ()
     boxes: tuple[Box, ...] = ()
 
 
@@ -50,7 +52,8 @@ class BCSDBT(DBT):
 
     Layout: ``BCS-DBT boxes-*.csv``, ``BCS-DBT file-paths-*.csv`` and, for the diagnosis, ``BCS-DBT labels-*.csv``
     beside the download of TCIA. A boxes table joined with the paths (``boxes_with_paths-*.csv``) does for both. The
-    mask of a slice holds all boxes that mark it. Tables named ``test`` are the official test split.
+    mask of a slice holds all boxes that mark it. Tables named ``test`` are the official test split. The tables are
+    published whole and a download seldom is: rows whose volume is not there are counted and reported, not refused.
 
     Samples are written, and read back, in the layout of :class:`~fairdiff_lightning.data.dbt.DBT`, since a mask is no
     box: a folder without tables is read as that.
@@ -102,16 +105,29 @@ class BCSDBT(DBT):
         """Decode one slice (H, W) uint8, turned as its view says, and its boxes as a mask (H, W) in {0, 1}."""
         if not isinstance(record, SliceRecord):
             return super().read_arrays(record)
+        mask = self.read_mask(record)
         image = read_frame(record.files["image"], record.slice)
         view = self.attributes["laterality"].groups[record.attributes["laterality"]]
-        return turn_to(image, view), self.read_mask(record)
+        return turn_to(image, view), mask
 
     def read_mask(self, record: Record) -> NDArray[np.uint8]:
-        """The boxes of a slice as a mask (H, W); the volume is not decoded."""
+        """The boxes of a slice as a mask (H, W); the volume is not decoded.
+
+        Raises:
+            InvalidSampleError: when the file is not the volume that the boxes were drawn in: it has another number of
+                slices, or a box leaves it.
+        """
         if not isinstance(record, SliceRecord):
             return super().read_mask(record)
         file = record.files["image"]
-        mask = np.zeros(frame_size(file), np.uint8)
+        depth, *size = volume_size(file)
+        if record.depths != (depth,):
+            raise InvalidSampleError(
+                f"{record.files['boxes']}[VolumeSlices], {record.id}",
+                " and ".join(map(str, record.depths)),
+                f"{depth}, the frames of '{file}', which is another volume otherwise",
+            )
+        mask = np.zeros(size, np.uint8)
         for x, y, width, height in record.boxes:
             if x + width > mask.shape[1] or y + height > mask.shape[0]:
                 raise InvalidSampleError(
@@ -174,6 +190,7 @@ class BCSDBT(DBT):
                 unit=patient,
                 split=split,
                 slice=number,
+                depths=tuple(sorted({box["VolumeSlices"] for box in found})),
                 boxes=tuple((b["X"], b["Y"], b["Width"], b["Height"]) for b in found),
             )
             for number, found in sorted(marked.items())

@@ -24,6 +24,7 @@ from fairdiff_lightning.data.native import (
     to_uint8_image,
     visible_files,
 )
+from fairdiff_lightning.data.patient_table import rows_by_stem, rows_without_file, unsure_patients
 from fairdiff_lightning.data.phantoms import allocate
 from fairdiff_lightning.data.phantoms_dbt import BREAST_LOOKS, View, breast_slice
 from fairdiff_lightning.data.pictures import decode, notes, save_png
@@ -50,7 +51,8 @@ class DBT(NativeDataset):
     Layout: ``img/`` and ``mask/`` (or ``images/`` and ``masks/``) with PNG, JPEG or single-frame DICOM files, paired by
     stem. Masks hold {0, 255}, cut at 128 since JPEG blurs them, or {0, 1}. The paper's ``masked/`` and ``multi_mask/``
     may lie beside them and are not read. ``patients.csv`` is optional: ``file`` (stem), ``patient``, and attributes by
-    the names of their groups, empty where unknown. What it leaves open is taken from the file's name.
+    the names of their groups, empty where unknown. What it leaves open is taken from the file's name, but for the
+    patient of a file without a row where the table names patients otherwise than the files' names do.
 
     Args:
         patient_pattern: regular expression of the patient within a file's stem: its first group, or all of it. The
@@ -100,14 +102,17 @@ class DBT(NativeDataset):
         return {name: AttributeSpec(name, names) for name, names in groups.items()}
 
     def index(self, root: Path) -> Index:
-        """List the pairs; a file without its partner is an error of that file."""
+        """List the pairs; a file without its partner or a sure patient, or a row without a file, is an error of it."""
         images, repeated_images = _by_stem(root, IMAGES)
         masks, repeated_masks = _by_stem(root, MASKS)
         if not images and not masks:
             raise self.not_found(root, "no image and no mask" if root.is_dir() else "no such folder")
-        table = self._read_table(root / TABLE) if (root / TABLE).is_file() else {}
-        records, errors, left_out = [], [*repeated_images, *repeated_masks], Counter[str]()
-        for stem in sorted(images.keys() | masks.keys()):
+        path, stems = root / TABLE, sorted(images.keys() | masks.keys())
+        table = self._read_table(path) if path.is_file() else {}
+        errors = [*repeated_images, *repeated_masks, *rows_without_file(path, table, set(stems))]
+        unsure = unsure_patients(path, table, stems, self._named)
+        records, left_out = [], Counter[str]()
+        for stem in stems:
             if stem not in images or stem not in masks:
                 errors.append(_unpaired(stem, images, masks))
                 continue
@@ -116,12 +121,12 @@ class DBT(NativeDataset):
             except InvalidSampleError as error:
                 errors.append(error)
                 continue
+            if stem in unsure and not record.synthetic:
+                errors.append(unsure[stem])
+                continue
             records.append(record)
             if not named and not record.synthetic:
                 left_out["names in which no patient is found, each taken for a patient (see patient_pattern)"] += 1
-        absent = len(table.keys() - images.keys() - masks.keys())
-        if absent:
-            left_out[f"rows of {TABLE} without a file"] = absent
         return Index(self._hold_out(records), dict(left_out), errors)
 
     def read_arrays(self, record: Record) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
@@ -168,10 +173,9 @@ class DBT(NativeDataset):
 
     def _record(self, stem: str, image: Path, mask: Path, row: Mapping[str, str]) -> tuple[Record, bool]:
         """The record of a pair, and whether its patient is known."""
-        text = _png_texts(image)
+        text = notes(image) if image.suffix.lower() == ".png" else {}  # what write noted
         said = name_attributes(stem) | {name: text[name] for name in self.attributes if name in text} | dict(row)
-        found = re.search(self.patient_pattern, stem)
-        patient = row.get("patient") or (found and (found[1] if found.re.groups else found[0]))
+        patient = row.get("patient") or self._named(stem)
         record = Record(
             id=stem,
             files={"image": str(image), "mask": str(mask)},
@@ -182,22 +186,18 @@ class DBT(NativeDataset):
         )
         return record, patient is not None
 
+    def _named(self, stem: str) -> str | None:
+        """The patient within a file's stem."""
+        found = re.search(self.patient_pattern, stem)
+        return found and (found[1] if found.re.groups else found[0])
+
     def _read_table(self, path: Path) -> dict[str, dict[str, str]]:
         """Stem -> what ``patients.csv`` says of it, empty cells left out."""
-        table = read_table(path, ("file", "patient"))
-        table["file"] = [Path(f).stem if Path(f).suffix.lower() in SUFFIXES else f for f in table["file"]]
-        for column in ("file", "patient"):
-            blank = table.index[table[column] == ""]
-            if len(blank):
-                raise InvalidSampleError(f"{path}[{column}], row {blank[0] + 2}", "nothing", f"a {column} in each row")
-        repeated = table["file"][table["file"].duplicated()]
-        if len(repeated):
-            raise InvalidSampleError(f"{path}[file]", f"{repeated.iloc[0]!r} twice", "one row for each file")
-        for name in self.attributes.keys() & set(table.columns):
-            for number, group in enumerate(table[name]):
-                self._group(name, group or UNSAID, f"{path}[{name}], row {number + 2}")
-        rows = table.to_dict("records")
-        return {row["file"]: {str(name): value for name, value in row.items() if value} for row in rows}
+        rows = rows_by_stem(read_table(path, ("file", "patient")), path, SUFFIXES)
+        for number, row in enumerate(rows.values(), start=2):
+            for name in self.attributes.keys() & row.keys():
+                self._group(name, row[name], f"{path}[{name}], row {number}")
+        return rows
 
     def _group(self, name: str, group: str, where: str | Path) -> int:
         groups = self.attributes[name].groups
@@ -343,8 +343,3 @@ def _unpaired(stem: str, images: Mapping[str, Path], masks: Mapping[str, Path]) 
 
 def _is_dicom(file: str) -> bool:
     return Path(file).suffix.lower() in DICOM
-
-
-def _png_texts(path: Path) -> dict[str, str]:
-    """What :meth:`DBT.write` noted in an image; nothing for one that it did not write."""
-    return notes(path) if path.suffix.lower() == ".png" else {}

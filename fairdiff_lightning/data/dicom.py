@@ -56,10 +56,10 @@ def read_stored(path: str | Path) -> NDArray[Any]:
     return _decode(path, None)[0]
 
 
-def frame_size(path: str | Path) -> tuple[int, int]:
-    """Height and width of the frames, pixels; nothing is decoded."""
+def volume_size(path: str | Path) -> tuple[int, int, int]:
+    """Number of the frames, and their height and width, pixels; nothing is decoded."""
     header = _read_header(path)
-    return int(header.Rows), int(header.Columns)
+    return _frame_count(header), int(header.Rows), int(header.Columns)
 
 
 def write_volume(path: Path, frames: NDArray[np.uint16], bits: int, window: tuple[float, float]) -> None:
@@ -105,7 +105,7 @@ def _read_header(path: str | Path) -> pydicom.FileDataset:
 
 def _decode(path: str | Path, index: int | None) -> tuple[NDArray[Any], pydicom.FileDataset]:
     header = _read_header(path)
-    count = int(header.get("NumberOfFrames") or 1)
+    count = _frame_count(header)
     if index is None and count > 1:
         raise InvalidSampleError(path, f"{count} frames", "one slice; write the slices to files of their own")
     if index is not None and not 0 <= index < count:
@@ -117,6 +117,10 @@ def _decode(path: str | Path, index: int | None) -> tuple[NDArray[Any], pydicom.
         raise InvalidSampleError(path, f"no pixel data ({error})", "a DICOM image with its pixels") from error
     except (ValueError, RuntimeError, OSError, EOFError) as error:
         raise InvalidSampleError(path, f"pixels unreadable ({error})", "a whole file; fetch it again") from error
+
+
+def _frame_count(header: Dataset) -> int:
+    return int(header.get("NumberOfFrames") or 1)
 
 
 def _check_decoder(path: str | Path, header: pydicom.FileDataset) -> None:

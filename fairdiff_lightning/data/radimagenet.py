@@ -175,7 +175,8 @@ class RadImageNetDataModule(LightningDataModule):
 
         Raises:
             InvalidSampleError: when images of the list, or shards, are gone.
-            ValueError: when a split is empty, or the edges of the shards are another detector's.
+            ValueError: when a split is empty, or the edges of the shards are another detector's, or drawn of another
+                ``colour``.
         """
         if not self._folders:
             self._open_tree() if self.shards is None else self._open_shards(self.shards)
@@ -258,6 +259,11 @@ class RadImageNetDataModule(LightningDataModule):
             raise ValueError(
                 f"the edges in '{shards}' were drawn by another detector: {facts['edges'][:80]}. Leave edges empty to "
                 "take them, or write the shards anew."
+            )
+        if self.maker.colour != facts["colour"]:
+            raise ValueError(
+                f"the edges in '{shards}' were drawn with colour={facts['colour']}, and here it is "
+                f"{self.maker.colour}: set --data.colour={str(facts['colour']).lower()}, or write the shards anew."
             )
         self.splits = {part: RadImageNetShards(shards / part, self.maker) for part in facts["rows"]}
         self._folders, self._block = facts["folders"], facts["samples_per_shard"]

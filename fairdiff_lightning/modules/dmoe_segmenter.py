@@ -138,11 +138,19 @@ class DMoESegmenter(Segmenter):
         return logits
 
     def losses(self, batch: Sample) -> dict[str, Tensor]:
-        """The segmentation loss, and the load balance when it has a weight."""
+        """The segmentation loss, and the load balance when it has a weight.
+
+        The balance is that of real and synthetic images together in a batch with ``partner``, see
+        :meth:`Segmenter.losses`.
+        """
         weight = self.hparams["balance_weight"]
         if not weight:
             return super().losses(batch)
-        logits, gates = self._with_gates(batch)
+        group = self.group(batch)
+        logits, gates = self._with_gates(batch["image"], group)
+        if "partner" in batch:
+            others, further = self._with_gates(batch["partner"], group)
+            logits, gates = torch.where(batch["keep_real"], logits, others), torch.cat([gates, further], 1)
         pools = [gates] if self.moe_sharing == "shared" else gates.unbind()
         segmentation, balance = self.objective(logits, batch), torch.stack([*map(load_balance_loss, pools)]).mean()
         return {"loss": segmentation + weight * balance, "segmentation": segmentation, "balance": balance}
@@ -156,13 +164,14 @@ class DMoESegmenter(Segmenter):
         """Logits of a batch that is not mirrored; validation on whole images also counts which experts are used."""
         if stage != "val" or self.hparams["inference"] == "sliding":
             return super()._infer_upright(batch, stage)
-        logits, gates = self._with_gates(batch)
-        self.expert_usage.update(gates, self._routed(batch["image"], self.group(batch)))
+        group = self.group(batch)
+        logits, gates = self._with_gates(batch["image"], group)
+        self.expert_usage.update(gates, self._routed(batch["image"], group))
         return logits
 
-    def _with_gates(self, batch: Sample) -> tuple[Tensor, Tensor]:
-        routed = self._routed(batch["image"], self.group(batch))
-        logits, gates = self.network(batch["image"], routed, return_gates=True)
+    def _with_gates(self, image: Tensor, group: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Logits, and the gates (L, B, N, E) of all blocks."""
+        logits, gates = self.network(image, self._routed(image, group), return_gates=True)
         return logits, gates
 
     def _routed(self, image: Tensor, group: Tensor | None) -> Tensor:

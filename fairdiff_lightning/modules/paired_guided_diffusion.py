@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
@@ -38,13 +37,8 @@ from fairdiff_lightning.metrics.mask_plausibility import MaskPlausibility
 from fairdiff_lightning.metrics.noise_levels import LossByNoise
 from fairdiff_lightning.modules.data_facts import check_data, check_requests, chosen_attribute, group_of
 from fairdiff_lightning.modules.generative import TRAINING_CASES, GenerativeModule
-from fairdiff_lightning.networks.checkpoint import (
-    LoadReport,
-    Source,
-    check_state_dict,
-    read_checkpoint,
-    read_state_dict,
-)
+from fairdiff_lightning.modules.guider_checkpoint import read_guider
+from fairdiff_lightning.networks.checkpoint import LoadReport, Source, check_state_dict
 from fairdiff_lightning.networks.guided_unet import WIDTHS, GuidedUNet
 
 PAPER_NOISE = {"num_train_timesteps": 1024, "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
@@ -54,8 +48,6 @@ SAMPLERS: dict[str, dict[str, Any]] = {
     "DDPMScheduler": {"clip_sample": False},
 }
 """Arguments of samplers where diffusers' own are not meant: estimates are not clipped."""
-GUIDER_FACTS = ("scheduler", "scheduler_args", "num_classes", "ordinal_mask", "in_channels")
-"""What a guider must have in common with the target that is trained beside it."""
 Groups = dict[str, Tensor]
 
 
@@ -78,10 +70,12 @@ class PairedGuidedDiffusion(GenerativeModule):
         widths: channels of the networks' levels, see :class:`~fairdiff_lightning.networks.guided_unet.GuidedUNet`.
         num_groups: attribute -> number of its groups, of the data.
         attributes: those that the networks are conditioned on, so that pairs can be asked for a group.
-        group_dropout: share of training samples whose groups are hidden, which guidance and unknown groups need.
+        group_dropout: share of training samples whose groups are all hidden, which guidance and unknown groups need; of
+            several attributes each is hidden in as many alone, so that a pair can be asked for one of them.
         guidance_scale: of classifier-free guidance towards the groups; 1 is none, and half the work.
         guide: what becomes of the estimated mask before it guides the image, in training and sampling alike, see
-            :func:`~fairdiff_lightning.diffusion.paired.guide_transform`.
+            :func:`~fairdiff_lightning.diffusion.paired.guide_transform`; also of a given mask, but for the relative
+            ``binary``, which would take a pixel off its border.
         decode: how a mask is read from its channels, see
             :func:`~fairdiff_lightning.diffusion.mask_channels.decode_mask`.
         ordinal_mask: one channel with evenly spaced levels instead of one for each class.
@@ -185,7 +179,9 @@ class PairedGuidedDiffusion(GenerativeModule):
         relative = reference_behaviour or decode == "relative"
         self.decode_method: Decode = "relative" if relative else "absolute"
         levels: Transform = partial(relative_levels, levels=num_classes if ordinal_mask else 2)
-        self.guide_transform: Transform = levels if guide == "binary" and relative else guide_transform(guide)
+        erodes = guide == "binary" and relative
+        self.guide_transform: Transform = levels if erodes else guide_transform(guide)
+        self.given_transform: Transform = guide_transform("raw") if erodes else self.guide_transform
         self.sampling_transform: Transform = levels if reference_behaviour else self.guide_transform
         self.mask_channels = 1 if ordinal_mask else num_classes - 1
         self.image_size = (image_size, image_size) if isinstance(image_size, int) else (image_size[0], image_size[1])
@@ -237,23 +233,16 @@ class PairedGuidedDiffusion(GenerativeModule):
         """Take over the guider of a checkpoint that ``stage="guider"`` wrote.
 
         Raises:
-            ValueError: when none is given, it holds no guider, or one of another noise or encoding of masks.
-            CheckpointMismatchError: when it is one of another size, naming what does not fit.
+            ValueError: when none is given, it holds no guider, or one of another noise, encoding of masks or size of
+                images.
+            CheckpointMismatchError: when its network is another one, naming what does not fit.
         """
         if path is None:
             raise ValueError(
                 "stage='target' trains beside a finished guider: give guider_checkpoint, the checkpoint of a run with "
                 "stage='guider'; or train both with stage='joint'."
             )
-        state = {k.removeprefix("guider."): w for k, w in read_state_dict(path).items() if k.startswith("guider.")}
-        if not state:
-            raise ValueError(f"guider_checkpoint='{path}' holds no guider; expected is a checkpoint of stage='guider'.")
-        checkpoint = read_checkpoint(Path(path))
-        saved = checkpoint.get("hyper_parameters", {})
-        for fact in GUIDER_FACTS:
-            found, wanted = saved.get(fact), self.hparams[fact]
-            if fact in saved and (found or None) != (wanted or None):
-                raise ValueError(f"guider_checkpoint='{path}': its {fact} is {found}, here it is {wanted}.")
+        state, checkpoint = read_guider(path, self.hparams)
         guider = self._part("guider")
         check_state_dict(state, guider.state_dict(), f"guider_checkpoint='{path}'")
         guider.load_state_dict(state)
@@ -359,7 +348,7 @@ class PairedGuidedDiffusion(GenerativeModule):
         target = self._predictor(self.target, groups)
         if mask_is_given:
             given = self.encode_mask(requests["mask"])
-            image = sample_guided(target, guide=given, y=y, **common)
+            image = sample_guided(target, guide=self.given_transform(given), y=y, **common)
             return self._decoded(given, image) | {"mask": requests["mask"]}
         return self._decoded(*sample_pairs(guider, target, x=x, y=y, guide=self.sampling_transform, **common))
 
@@ -435,11 +424,14 @@ class PairedGuidedDiffusion(GenerativeModule):
         return timesteps(like, count, random)
 
     def _groups(self, batch: Sample) -> Groups:
-        """Groups (B,) of the attributes that the networks know; in training some are hidden."""
+        """Groups (B,) of the attributes that the networks know; training hides some, together and one by one."""
         groups = {name: group_of(batch, name) for name in self._conditions()}
         if self.training and groups:
-            hidden = torch.rand(len(batch["id"]), device=self.device) < self.hparams["group_dropout"]
-            groups = {name: group.masked_fill(hidden, -1) for name, group in groups.items()}
+            share, size = self.hparams["group_dropout"], len(batch["id"])
+            hidden = (torch.rand(size, device=self.device) < share).expand(len(groups), size)
+            if len(groups) > 1:
+                hidden = hidden | (torch.rand(len(groups), size, device=self.device) < share)
+            groups = {n: g.masked_fill(lost, -1) for (n, g), lost in zip(groups.items(), hidden.unbind(), strict=True)}
         return groups
 
     def _conditions(self) -> dict[str, int]:

@@ -50,6 +50,13 @@ def test_scores_are_those_of_the_tables(tmp_path):
     assert (found.value[:, :3] <= found.high[:, :3]).all()
 
 
+def test_groups_without_cases_have_no_column(tmp_path):
+    paths = {"real": [write(tmp_path / "a.csv", np.random.default_rng(0))]}
+    found = compare_runs(paths, "race", (*GROUPS, "Hispanic"), num_resamples=50)
+    assert found.groups == GROUPS
+    assert found.value.tolist() == compare_runs(paths, "race", GROUPS, num_resamples=50).value.tolist()
+
+
 def test_every_statistic_is_shown_with_its_interval(tmp_path):
     rng = np.random.default_rng(0)
     paths = {name: [write(tmp_path / f"{name}.csv", rng, shift)] for name, shift in (("real", 0.0), ("more", 0.05))}

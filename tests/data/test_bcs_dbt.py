@@ -221,7 +221,9 @@ def test_boxes_beyond_the_image_and_slices_beyond_the_volume_are_named(tmp_path)
     wide, deep = BCSDBT().index(tmp_path).records
     with pytest.raises(InvalidSampleError, match=r"columns 25 to 32 and rows 3 to 7.*the 31 columns and 23 rows"):
         BCSDBT().read_arrays(wide)
-    with pytest.raises(InvalidSampleError, match=r"\[VolumeSlices\], .*_006: 9\. Expected 4, the frames of '.*1-1\.dcm'"):
+    with pytest.raises(
+        InvalidSampleError, match=r"\[VolumeSlices\], .*_006: 9\. Expected 4, the frames of '.*1-1\.dcm'"
+    ):
         BCSDBT().read_arrays(deep)
 
 

@@ -194,13 +194,42 @@ def test_the_table_gives_patients_and_attributes(tmp_path):
     write_pair(tmp_path, "P7_R")
     table = [("file", "patient", "view", "density", "site"), ("a_L_CC.png", "ann", "MLO", "", "south")]
     with (tmp_path / TABLE).open("w", newline="") as stream:
-        csv.writer(stream).writerows([*table, ("P7_R", "eve", "", "D", ""), ("gone", "eve", "", "", "")])
+        csv.writer(stream).writerows([*table, ("P7_R", "eve", "", "D", "")])
     columns = {"density": ("A", "B", "C", "D"), "site": ("north", "south")}
     index = index_of(tmp_path, columns=columns)
     found = {r.id: (r.unit, *r.attributes.values()) for r in index.records}
     assert found == {"a_L_CC": ("ann", 1, 0, -1, 1), "P7_R": ("eve", -1, 1, 3, -1)}
     assert list(index.records[0].attributes) == ["view", "laterality", "density", "site"]
-    assert index.left_out == {f"rows of {TABLE} without a file": 1}
+    assert (index.left_out, index.errors) == ({}, [])
+
+
+def test_rows_without_their_file_are_errors_of_their_own(tmp_path):
+    for patient in range(4):
+        write_pair(tmp_path, f"P{patient}_L")
+    (tmp_path / TABLE).write_text("file,patient\nP0_L,P0\nP1_l.png,P1\nP2_L,P2\ngone,P3\n")
+    messages = list(map(str, index_of(tmp_path).errors))
+    assert len(messages) == 2
+    assert f"{TABLE}[file], row 3: no file 'P1_l'. Expected the name or stem of an image" in messages[0]
+    assert f"{TABLE}[file], row 5: no file 'gone'" in messages[1]
+    with pytest.raises(InvalidSampleError, match=r"row 3: no file 'P1_l'"):
+        DBTDataModule(str(tmp_path)).setup()
+    with pytest.warns(UserWarning, match="4 samples. Left out: 2 unreadable"):
+        DBTDataModule(str(tmp_path), on_error="skip").setup()
+
+
+def test_no_woman_is_a_patient_of_the_table_and_another_one_by_name(tmp_path):
+    for stem in ("P207_L_CC", "P207_R_CC", "P208_L_CC", "left"):
+        write_pair(tmp_path, stem)
+    (tmp_path / TABLE).write_text("file,patient\nP207_L_CC,207\n")
+    index = index_of(tmp_path)
+    assert {r.id: r.unit for r in index.records} == {"P207_L_CC": "207", "left": "left"}
+    assert len(index.errors) == 2
+    message = r"patients.csv: no row for 'P207_R_CC', of 'P207' by its name, while 'P207_L_CC' is of '207' by the table"
+    with pytest.raises(InvalidSampleError, match=message):
+        DBTDataModule(str(tmp_path)).setup()
+    (tmp_path / TABLE).write_text("file,patient\nP207_L_CC,P207\n")  # the names' own words: nobody is two
+    index = index_of(tmp_path)
+    assert ({r.unit for r in index.records}, index.errors) == ({"P207", "P208", "left"}, [])
 
 
 @pytest.mark.parametrize(

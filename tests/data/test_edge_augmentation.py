@@ -38,11 +38,15 @@ def test_image_and_edge_move_as_in_the_reference(reference, name, zoom):
     border = 6e-3 * max(0, 1 - zoom)
     assert float(found.mean()) == pytest.approx(expected["img_mean"], abs=border + 1e-5)
     assert float(found.std()) == pytest.approx(expected["img_std"], abs=border + 1e-4)
-    assert float(lines.sum()) == pytest.approx(expected["edge_sum"], rel=1e-6 if degrees == 0 else 2.5e-3)
+    assert float(lines.sum()) == pytest.approx(expected["edge_sum"], rel=1e-6 if degrees == 0 else 2.2e-3)
     assert float(lines[0, 0, 0].sum()) == expected.get("edge_row0_sum", 0.0)
     assert float(lines.max()) == pytest.approx(1, abs=1e-4)
     if zoom > 1 or degrees:
         assert float(found[0, 0, 0, 0]) == pytest.approx(expected["img[0,0]"], abs=2e-4)
+    if zoom == 0.75:  # an eighth of a pixel beyond the frame, where the reference has black and here the image goes on
+        near, own = image[0, 0, 47:49, 47:49], torch.tensor([[1, 7], [7, 49]]) / 64
+        beyond = float((near * own).sum() - near[1, 1] * own[1, 1])
+        assert float(found[0, 0, 0, 0]) - beyond - (1 - 49 / 64) == pytest.approx(expected["img[0,0]"], abs=1e-5)
     if degrees:
         assert float(found[0, 0, 192, 192]) == pytest.approx(expected["img[192,192]"], abs=5e-5)
         assert float(lines.max()) == pytest.approx(expected["edge_max"], abs=1e-4)

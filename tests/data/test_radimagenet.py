@@ -1,6 +1,7 @@
 import builtins
 import importlib
 import io
+import json
 import pickle
 from collections import Counter
 from dataclasses import replace
@@ -265,6 +266,16 @@ def test_fractions_that_make_no_split_are_errors(root):
         RadImageNetDataModule(val_fraction=1.0)
     with pytest.raises(ValueError, match=r"the val split .* is empty: val_fraction=0\.001 of 24"):
         module(root, val_fraction=0.001)
+
+
+def test_shards_whose_edges_were_drawn_of_other_colours_are_refused(tmp_path):
+    for colour, word in ((False, "false"), (True, "true")):
+        facts = {"rows": {}, "folders": ["MR/af"], "samples_per_shard": 4, "edges": "scharr", "colour": colour}
+        (tmp_path / "shards.json").write_text(json.dumps(facts))
+        RadImageNetDataModule(shards=str(tmp_path), colour=colour).setup()
+        message = rf"drawn with colour={colour}, and here it is {not colour}: set --data\.colour={word}, or write"
+        with pytest.raises(ValueError, match=message):
+            RadImageNetDataModule(shards=str(tmp_path), colour=not colour).setup()
 
 
 def test_shards_without_litdata_say_what_to_install(root, tmp_path, monkeypatch):

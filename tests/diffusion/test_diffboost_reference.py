@@ -97,5 +97,5 @@ def test_times_are_embedded_alike(reference, full_size):
     for network in (full_size[0], full_size[2]):
         found = network.time_proj(torch.tensor([951]))[0]
         assert found.shape == (320,)
-        assert found[:3].tolist() == pytest.approx(expected["first3"], abs=2e-4)
-        assert found[160:163].tolist() == pytest.approx(expected["idx160_3"], abs=2e-4)
+        assert found[:3].tolist() == pytest.approx(expected["first3"], abs=1e-5)
+        assert found[160:163].tolist() == pytest.approx(expected["idx160_3"], abs=1e-5)

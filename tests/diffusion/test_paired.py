@@ -67,11 +67,11 @@ def test_linear_networks_lead_where_the_papers_code_leads(reference, name, num_t
         guide=guide,
         watch=lambda t, x, y, x0, y0: firsts.append((x0, y0)),
     )
-    close = {"rel": 2e-4, "abs": 1e-5}
+    close = {"rel": 1e-5, "abs": 1e-6} if num_train == 8 else {"rel": 2e-4, "abs": 1e-5}
     assert x0[0].flatten()[:4].tolist() == pytest.approx(expected["x_end_item0"], **close)
     assert y0[0].flatten()[:4].tolist() == pytest.approx(expected["y_end_item0"], **close)
-    assert float(x0.abs().sum()) == pytest.approx(expected["x_end_abs_sum"], rel=2e-4)
-    assert float(y0.abs().sum()) == pytest.approx(expected["y_end_abs_sum"], rel=2e-4)
+    assert float(x0.abs().sum()) == pytest.approx(expected["x_end_abs_sum"], **close)
+    assert float(y0.abs().sum()) == pytest.approx(expected["y_end_abs_sum"], **close)
     first_x0, first_y0 = firsts[0]
     assert first_x0[0].flatten()[:4].tolist() == pytest.approx(expected["x0_first_item0"], **close)
     assert first_y0[0].flatten()[:4].tolist() == pytest.approx(expected["y0_first_item0"], **close)
@@ -80,8 +80,7 @@ def test_linear_networks_lead_where_the_papers_code_leads(reference, name, num_t
 
 def test_one_step_and_the_last_one_are_the_papers(reference):
     blocks = reference("pig")["joint_sampler"]
-    noises = wave((2, 1, 8, 8), 2.2, 0.9), wave((2, 1, 8, 8), 3.3, 0.7)
-    seen = {}
+    noises, seen = [wave((2, 1, 8, 8), *drawn).double() for drawn in ((2.2, 0.9), (3.3, 0.7))], {}
     sample_pairs(
         lambda x, y, t: noises[0],
         lambda y, guide, t: noises[1],
@@ -91,7 +90,7 @@ def test_one_step_and_the_last_one_are_the_papers(reference):
         watch=lambda t, *found: seen.update({int(t): [part[0].flatten()[:4].tolist() for part in found]}),
     )
     single, both = blocks["fixed_nets_single_step_304_to_300"], blocks["fixed_nets_t_list=[300,304]"]
-    close = {"rel": 1e-4, "abs": 1e-4}
+    close = {"rel": 1e-5, "abs": 1e-6}
     assert seen[300][0] == pytest.approx(single["x_next_item0"], **close)
     assert seen[300][1] == pytest.approx(single["y_next_item0"], **close)
     assert seen[304][2] == pytest.approx(single["x0_item0"], **close)
@@ -101,8 +100,8 @@ def test_one_step_and_the_last_one_are_the_papers(reference):
 
 
 def _at(step, noise_x, noise_y):
-    """Starts from which chains of constant noise come by the reference's states at a step."""
-    kept = ddim().alphas_cumprod
+    """Starts, in doubles, from which chains of constant noise come by the reference's states at a step."""
+    kept = ddim().alphas_cumprod.double()
 
     def back(state, noise):
         clean = (state - (1 - kept[step]).sqrt() * noise) / kept[step].sqrt()

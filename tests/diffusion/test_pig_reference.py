@@ -31,7 +31,7 @@ def test_every_schedule_of_the_code_is_one_of_diffusers(reference, name):
     places = [0, 1, 2, 511, 1022, 1023]
     assert full.betas[places].tolist() == pytest.approx(expected["T1024_idx_[0,1,2,511,1022,1023]"], rel=1e-5)
     kept = full.alphas_cumprod[[0, 1, 255, 511, 767, 1023]].tolist()
-    assert kept == pytest.approx(expected["T1024_alpha_bar_idx_[0,1,255,511,767,1023]"], rel=1e-4, abs=1e-8)
+    assert kept == pytest.approx(expected["T1024_alpha_bar_idx_[0,1,255,511,767,1023]"], rel=1e-5, abs=1e-8)
     assert float(full.betas.double().sum()) == pytest.approx(expected["T1024_sum"], rel=1e-5)
 
 
@@ -39,14 +39,10 @@ def test_the_signal_that_is_left_and_what_it_does_to_errors(reference):
     expected = reference("pig")["alpha_lookup"]
     scheduler = build_scheduler("DDIMScheduler", {"num_train_timesteps": 1024, **SCHEDULES["linear"](1024)})
     kept = torch.stack([scheduler.final_alpha_cumprod, *scheduler.alphas_cumprod[expected["t"][1:]]])
-    assert kept.tolist() == pytest.approx(expected["alpha_bar"], rel=2e-5)
-    noise, wanted = (1 - kept).sqrt().tolist(), expected["sqrt_1_minus"]
-    gains, asked = ((1 - kept) / kept).sqrt()[[1, 3, 4, 5]].tolist(), expected["x0_error_gain_sqrt((1-a)/a)"]
-    rounding = 1e-4  # of the authors' float32 table at its first step alone
-    assert noise[1] == pytest.approx(wanted[1], rel=rounding)
-    assert gains[0] == pytest.approx(asked[0], rel=rounding)
-    assert [noise[0], *noise[2:]] == pytest.approx([wanted[0], *wanted[2:]], rel=1e-5, abs=1e-7)
-    assert gains[1:] == pytest.approx(asked[1:], rel=2e-5)
+    gains = ((1 - kept) / kept).sqrt()[[1, 3, 4, 5]].tolist()
+    assert kept.tolist() == pytest.approx(expected["alpha_bar"], rel=1e-6)
+    assert (1 - kept).sqrt().tolist() == pytest.approx(expected["sqrt_1_minus"], rel=1e-5, abs=1e-6)
+    assert gains == pytest.approx(expected["x0_error_gain_sqrt((1-a)/a)"], rel=1e-5, abs=1e-6)
 
 
 def test_times_are_embedded_alike(reference):
@@ -55,7 +51,7 @@ def test_times_are_embedded_alike(reference):
     assert found[1].tolist() == pytest.approx(expected["t=1"], abs=1e-6)
     assert found[3, :4].tolist() == pytest.approx(expected["t=1023_first4"], abs=1e-4)
     assert found[3, 16:20].tolist() == pytest.approx(expected["t=1023_cos_first4"], abs=1e-4)
-    assert found.sum(1).tolist() == pytest.approx(expected["sum_per_row"], abs=1e-3)
+    assert found.sum(1).tolist() == pytest.approx(expected["sum_per_row"], abs=1e-4)
 
 
 def test_grey_levels_become_the_papers_units(reference):
@@ -96,9 +92,9 @@ def test_the_proposition_holds_for_a_gaussian_pair(reference, step):
     )
     with_y = torch.stack([earlier[0, 1], between[1, 0], between[1, 1]])
     found = torch.linalg.solve(whole, with_y).tolist()
-    assert found == pytest.approx(blocks["coef_[x_prev,x_t,y_t]"][str(step)], rel=1e-3, abs=1e-8)
+    assert found == pytest.approx(blocks["coef_[x_prev,x_t,y_t]"][str(step)], rel=1e-5, abs=1e-12)
     shorter = torch.linalg.solve(whole[[0, 2]][:, [0, 2]], with_y[[0, 2]]).tolist()
-    assert shorter == pytest.approx(blocks["coef_without_x_t_[x_prev,y_t]"][str(step)], rel=1e-3, abs=1e-8)
+    assert shorter == pytest.approx(blocks["coef_without_x_t_[x_prev,y_t]"][str(step)], rel=1e-5)
 
 
 def test_less_noise_is_left_in_every_step():
