@@ -82,15 +82,21 @@ def offset_in(part: Volume, whole: Volume) -> Size:
     Raises:
         InvalidSampleError: when the two do not lie on one grid, with both affines.
     """
-    between = np.linalg.solve(whole.affine, part.affine)
-    start = np.round(between[:3, 3])
-    if np.abs(between[:3, :3] - np.eye(3)).max() > 1e-3 or np.abs(between[:3, 3] - start).max() > 0.1:
+    start = np.round(np.linalg.solve(whole.affine, part.affine)[:3, 3])
+    if not shares_grid(part, whole):
         raise InvalidSampleError(
             "part of a scan",
             f"affine {part.affine.round(4).tolist()} for a scan of {whole.affine.round(4).tolist()}",
             "voxels of the scan; resample or reorient the part first",
         )
     return int(start[0]), int(start[1]), int(start[2])
+
+
+def shares_grid(part: Volume, whole: Volume) -> bool:
+    """Whether the voxels of ``part`` are voxels of ``whole``, or of its grid gone on beyond its ends."""
+    between = np.linalg.solve(whole.affine, part.affine)
+    off = np.abs(between[:3, 3] - np.round(between[:3, 3]))
+    return bool(np.abs(between[:3, :3] - np.eye(3)).max() <= 1e-3 and off.max() <= 0.1)
 
 
 def as_type(values: Array, dtype: np.dtype[Any]) -> Array:

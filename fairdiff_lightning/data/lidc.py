@@ -18,6 +18,7 @@ from fairdiff_lightning.data.nifti import nifti_grid
 from fairdiff_lightning.data.phantoms import allocate
 from fairdiff_lightning.data.phantoms_3d import TEXTURES, Labelled, lung_roi
 from fairdiff_lightning.data.sample import UNKNOWN, AttributeSpec
+from fairdiff_lightning.data.scans import PATIENT
 from fairdiff_lightning.data.volume_dataset import VolumeDataset, check_id, depth_first, depth_last, group_index
 from fairdiff_lightning.data.volume_module import VolumeDataModule
 from fairdiff_lightning.data.volumes import (
@@ -33,7 +34,6 @@ from fairdiff_lightning.data.volumes import (
 
 PATHOLOGICAL, NORMAL, TEST, TABLE = "Pathological", "Normal", "test.txt", "nodules.csv"
 NAME = re.compile(r"(?P<case>.+)_(?P<kind>C?)Vol_(?P<number>[^_]+)")
-PATIENT = re.compile(r"LIDC-IDRI-\d{4}")
 GENERATED = re.compile(r"Image_(?P<row>\d+)")
 PHANTOM_SIZE = (64, 64, 32)
 PHANTOM_CASES, PHANTOM_HEALTHY, PHANTOM_TEST = 24, 6, 5
@@ -124,7 +124,7 @@ class LIDC(VolumeDataset):
         """The patient of a block, or of a whole scan whose path tells one of LIDC's."""
         match = NAME.fullmatch(record_id)
         patient = PATIENT.search(record_id)
-        return match["case"] if match else patient[0] if patient else record_id
+        return patient[0] if patient else match["case"] if match else record_id
 
     def read_image(self, record: Record) -> Volume:
         """Read the block in HU, float32."""

@@ -7,12 +7,17 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from scipy import ndimage, signal
 
+from fairdiff_lightning.data.blocks import shares_grid
 from fairdiff_lightning.data.errors import InvalidSampleError
+from fairdiff_lightning.data.grid import Native
+from fairdiff_lightning.data.resample import move
 from fairdiff_lightning.data.volumes import (
     AIR,
+    RAS,
     Array,
     Size,
     Volume,
@@ -84,11 +89,32 @@ def extract_rois(
         raise InvalidSampleError(
             "lesion mask", f"{count} lesions, the largest of {volumes.max(initial=0)} voxels", f"one of {min_voxels}"
         )
-    return [_roi(image, mask, boxes[k], voxels, fill) for k in kept]
+    return [block_around(image, mask, boxes[k], voxels, fill) for k in kept]
+
+
+def block_around(image: Volume, mask: Volume, box: tuple[slice, ...], size: Sequence[int], fill: float) -> ROI:
+    """Cut a block about a box of voxels, moved and padded as those of :func:`extract_rois`.
+
+    Args:
+        image: full scan.
+        mask: class indices on the same grid.
+        box: what the block has in its middle; ``is_cut`` where it does not fit.
+        size: (H, W, D), voxels.
+        fill: intensity of padding.
+    """
+    centre = [(side.start + side.stop) // 2 for side in box]
+    start = [_moved_inwards(c - n // 2, n, full) for c, n, full in zip(centre, size, image.shape, strict=True)]
+    is_cut = any(b.start < s or b.stop > s + n for b, s, n in zip(box, start, size, strict=True))
+    return ROI(
+        block_of(image, start, size, fill), block_of(mask, start, size, 0), (start[0], start[1], start[2]), is_cut
+    )
 
 
 def paste_roi(scan: Volume, roi: Volume, lesion: Array) -> Volume:
     """Put the lesion of a block back into the scan; every other voxel stays bit for bit what it is.
+
+    A block of the scan's voxels is put back as it is, also with its axes in another order; one on another grid is
+    resampled to the scan's, the image linearly and the mask by the nearest voxel.
 
     Args:
         scan: full scan; its affine, type and file header are kept.
@@ -96,22 +122,28 @@ def paste_roi(scan: Volume, roi: Volume, lesion: Array) -> Volume:
         lesion: (H, W, D) of the block; voxels other than 0 are replaced.
 
     Raises:
-        InvalidSampleError: for a block of another grid or mask of another size, and for a lesion that is empty or
-            partly outside of the scan.
+        InvalidSampleError: for a mask of another size, a lesion that is empty, partly outside of the scan or too small
+            for its voxels, and for values in it that are not finite or that the scan's type cannot hold.
     """
     if lesion.shape != roi.shape:
         raise InvalidSampleError("lesion", f"mask of {lesion.shape} voxels for a block of {roi.shape}", "one shape")
-    where = np.argwhere(lesion != 0)
-    if not len(where):
+    if not lesion.any():
         raise InvalidSampleError("lesion", "an empty mask", "voxels to replace")
-    at = where + offset_in(roi, scan)
-    outside = np.count_nonzero(((at < 0) | (at >= scan.shape)).any(1))
+    if not np.isfinite(roi.array[lesion != 0]).all():
+        raise InvalidSampleError("lesion", "NaN or infinite values in the block", "finite intensities of the scan")
+    block, inside = roi.reoriented(scan.axes), replace(roi, array=lesion, native=None).reoriented(scan.axes)
+    places = _voxels_in(inside, scan)
+    outside = np.count_nonzero(((places < -0.5) | (places > np.array(scan.shape) - 0.5)).any(1))
     if outside:
         raise InvalidSampleError(
-            "lesion", f"{outside} of {len(at)} voxels outside of the scan of {scan.shape}", "a lesion inside"
+            "lesion", f"{outside} of {len(places)} voxels outside of the scan of {scan.shape}", "a lesion inside"
         )
-    array = scan.array.copy()
-    array[tuple(at.T)] = as_type(roi.array[tuple(where.T)], array.dtype)
+    if not shares_grid(block, scan):
+        block, inside = _on_grid_of(scan, block, inside, places)
+    where = np.argwhere(inside.array != 0)
+    array, values = scan.array.copy(), block.array[tuple(where.T)]
+    _check_holds(scan, values)
+    array[tuple((where + offset_in(block, scan)).T)] = as_type(values, array.dtype)
     return scan.with_array(array)
 
 
@@ -192,13 +224,50 @@ def candidate_places(
     return np.array(chosen, np.int64).reshape(-1, 3) - first
 
 
-def _roi(image: Volume, mask: Volume, box: tuple[slice, ...], size: Sequence[int], fill: float) -> ROI:
-    centre = [(side.start + side.stop) // 2 for side in box]
-    start = [_moved_inwards(c - n // 2, n, full) for c, n, full in zip(centre, size, image.shape, strict=True)]
-    is_cut = any(b.start < s or b.stop > s + n for b, s, n in zip(box, start, size, strict=True))
-    return ROI(
-        block_of(image, start, size, fill), block_of(mask, start, size, 0), (start[0], start[1], start[2]), is_cut
-    )
+def _voxels_in(lesion: Volume, scan: Volume) -> NDArray[np.float64]:
+    """Where in the scan the centres of a lesion's voxels lie, (N, 3), in voxels of the scan."""
+    between = np.linalg.solve(scan.affine, lesion.affine)
+    places: NDArray[np.float64] = np.argwhere(lesion.array != 0) @ between[:3, :3].T + between[:3, 3]
+    return places
+
+
+def _on_grid_of(scan: Volume, block: Volume, lesion: Volume, places: NDArray[np.float64]) -> tuple[Volume, Volume]:
+    """A block and its lesion on the part of the scan's grid that holds the lesion."""
+    reach = 1 + np.ceil(block.spacing.max() / scan.spacing)
+    low = np.maximum(np.floor(places.min(0) - reach), 0).astype(int)
+    high = np.minimum(np.ceil(places.max(0) + reach) + 1, scan.shape).astype(int)
+    grid = block_of(scan, low.tolist(), (high - low).tolist(), 0)
+    affine, target = block.affine.copy(), torch.from_numpy(grid.affine)
+    affine[:3, 3] -= affine[:3, :3].sum(1)  # one voxel more on each side: no 0 from beyond the ends mixes in
+    wider, place = np.pad(block.array.astype(np.float32), 1, mode="edge"), torch.from_numpy(affine)
+    image = move(torch.from_numpy(wider)[None], place, target, grid.shape, "bilinear")
+    mask = np.pad(lesion.array != 0, 1).astype(np.uint8)
+    inside = move(torch.from_numpy(mask)[None], place, target, grid.shape, "nearest")
+    if not inside.any():
+        raise InvalidSampleError(
+            "lesion",
+            f"{np.count_nonzero(lesion.array)} voxels of {block.spacing.round(2).tolist()} mm",
+            f"one that covers the centre of a voxel of the scan, of {scan.spacing.round(2).tolist()} mm",
+        )
+    return grid.with_array(image[0].numpy()), grid.with_array(inside[0].numpy())
+
+
+def _check_holds(scan: Volume, values: Array) -> None:
+    """Check that neither the array nor the file that the scan comes from limits what is put into it."""
+    for holder in (Native(RAS, scan.array.dtype), scan.native):
+        if holder is None or holder.dtype.kind not in "iu":
+            continue
+        limits, half = np.iinfo(holder.dtype), np.abs(holder.slope).max() / 2
+        ends = np.stack([end * np.atleast_1d(holder.slope) + holder.intercept for end in (limits.min, limits.max)])
+        low, high = ends.min(0).max(), ends.max(0).min()  # of every slice
+        if values.min() < low - half or values.max() > high + half:
+            raise InvalidSampleError(
+                "lesion",
+                f"values from {values.min():g} to {values.max():g} for a scan of {holder.dtype}, which holds "
+                f"{low:g} to {high:g}",
+                "intensities of the scan; where its HU offset was never applied, add it to the scan first "
+                "(as int16), or take it from the lesion",
+            )
 
 
 def _moved_inwards(start: int, size: int, full: int) -> int:

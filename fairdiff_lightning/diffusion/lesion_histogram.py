@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -31,6 +33,39 @@ def lesion_histogram(image: Tensor, mask: Tensor, bins: int = 16) -> Tensor:
     place = ((image.float().flatten(2) + 1) / 2 * bins).long().clamp(0, bins - 1).expand(inside.shape)
     counts = inside.new_zeros(*inside.shape[:2], bins, dtype=torch.float32).scatter_add_(2, place, inside.float())
     return counts / inside.sum(2, keepdim=True).clamp(min=1)
+
+
+def check_histograms(histograms: Tensor, present: Tensor, bins: int, names: Sequence[str]) -> None:
+    """Check that histograms are shares: finite, none below 0, and of sum 1 for each class that is there.
+
+    Args:
+        histograms: (B, K * bins), as :func:`lesion_histogram` gives them, flattened.
+        present: (B, K) bool, the classes that have voxels; rows of the others may be zeros.
+        bins: of each class.
+        names: of the samples, for the message.
+
+    Raises:
+        ValueError: naming the first sample that is wrong, with what was found.
+    """
+    count, classes = present.shape
+    expected = f"expected are shares of {bins} bins for each of {classes} classes, from 0 on and of sum 1 in each class"
+    if histograms.shape != (count, classes * bins):
+        raise ValueError(
+            f"the textures of {', '.join(names[:5])} have shape {tuple(histograms.shape)}, not "
+            f"{(count, classes * bins)}; {expected}."
+        )
+    rows, named = histograms.float().cpu().view(count, classes, bins), present.cpu()
+    sums, odd = rows.sum(-1), ~(rows.isfinite() & (rows >= 0)).all(-1)
+    wrong = odd | (named & ((sums - 1).abs() > 1e-3))
+    if wrong.any():
+        sample, lesion_class = wrong.nonzero()[0].tolist()
+        found = "a value that is not finite or below 0" if odd[sample, lesion_class] else "that sum"
+        raise ValueError(
+            f"the texture of '{names[sample]}' has, for lesion class number {lesion_class}, {found} "
+            f"({rows[sample, lesion_class].min():g} to {rows[sample, lesion_class].max():g}, sum "
+            f"{sums[sample, lesion_class]:g}); {expected}. Take them from `module.histograms(batch)`, or divide by the "
+            "sum."
+        )
 
 
 def jitter(histogram: Tensor, noise: Tensor, amount: float = 0.1, renormalise: bool = True) -> Tensor:

@@ -25,6 +25,7 @@ from fairdiff_lightning.diffusion import (
 )
 from fairdiff_lightning.diffusion.guidance import guide
 from fairdiff_lightning.diffusion.inpaint import Compose, Region
+from fairdiff_lightning.diffusion.lesion_histogram import check_histograms
 from fairdiff_lightning.losses.lesion import Norm, Normalise, lesion_noise_loss
 from fairdiff_lightning.modules.data_facts import check_data, chosen_attribute, group_of
 from fairdiff_lightning.modules.lesion_diffusion import LesionDiffusion
@@ -194,6 +195,7 @@ class LeFusionInpaint(LesionDiffusion):
 
     def setup(self, stage: str) -> None:
         """Check that the data are what the network was built for, and compile."""
+        super().setup(stage)
         data: Any = getattr(self.trainer, "datamodule", None)
         facts = {name: self.hparams[name] for name in ("num_classes", "in_channels")}
         check_data(data, {}, **facts, image_size=self.image_size)
@@ -240,6 +242,9 @@ class LeFusionInpaint(LesionDiffusion):
         Args:
             requests: ``seed`` (B,), the scan ``image`` (B, 1, H, W, D), the ``mask`` of the lesions to come and, unless
                 the module's ``texture`` will do, ``texture`` (B, K * bins).
+
+        Raises:
+            ValueError: for textures that are no histograms, naming the sample.
         """
         given, masks = dict[str, Any](requests), class_masks(requests["mask"], self.classes).flatten(2)
         some = masks.any(2).any(1).nonzero().flatten()
@@ -247,7 +252,7 @@ class LeFusionInpaint(LesionDiffusion):
         self._warn_of_empty(requests, some)
         if len(some):
             chosen = {name: given[name][some.to(given[name].device)] for name in ("image", "mask", "seed")}
-            image[some] = self.paint(**chosen, condition=self._asked(given, some, masks.any(2)[some]))
+            image[some] = self.paint(**chosen, condition=self._asked(given, some, masks.any(2)))
         return {"image": image, "mask": given["mask"]}
 
     @torch.no_grad()
@@ -304,10 +309,12 @@ class LeFusionInpaint(LesionDiffusion):
         if self.hparams["conditioning"] is None:
             return None
         if given.get("texture") is not None:
-            return cast(Tensor, given["texture"])[some]
+            textures = cast(Tensor, given["texture"]).to(some.device)
+            check_histograms(textures, present, self.hparams["bins"], given["id"])
+            return textures[some]
         seeds = [derive_seed("texture", seed) for seed in given["seed"].cpu()[some.cpu()].tolist()]
         groups = self._groups(cast(Sample, given)).cpu()[some.cpu()]
-        drawn = self.bank.draw(self.hparams["texture"], generators(torch.tensor(seeds)), groups, present)
+        drawn = self.bank.draw(self.hparams["texture"], generators(torch.tensor(seeds)), groups, present[some])
         return drawn.to(given["image"].device)
 
     def _warn_of_empty(self, requests: Sample, some: Tensor) -> None:

@@ -20,6 +20,9 @@ from fairdiff_lightning.networks.lesion_backbones import VolumeUNet
 from fairdiff_lightning.networks.lesion_unet import LesionUNet
 from fairdiff_lightning.networks.lesion_weights import Weights
 
+ROUNDING = ("16-true", "bf16-true")
+"""Precisions of the trainer that batches are turned into too."""
+
 
 class LesionDiffusion(GenerativeModule, ABC):
     """Base of LeFusion's two diffusions. A subclass saves its hyperparameters, calls :meth:`adopt`, builds ``network``.
@@ -64,6 +67,19 @@ class LesionDiffusion(GenerativeModule, ABC):
         self.classes = tuple(lesions if h.lesion_classes is None else h.lesion_classes)
         check_lesion_classes(self.classes, tuple(boundary), h.num_classes)
         self.noise, self.settings["eta"] = lesion_noise(self.settings)
+
+    def setup(self, stage: str) -> None:
+        """Refuse to generate in a precision that would round the scans and their places.
+
+        Raises:
+            ValueError: for ``16-true`` and ``bf16-true``, in which Lightning turns whole batches.
+        """
+        precision = getattr(self.trainer, "precision", None)
+        if stage == "predict" and precision in ROUNDING:
+            raise ValueError(
+                f"precision {precision!r} rounds the scan and the affine of every request before anything is made. "
+                "Generate with '32-true', or with 'bf16-mixed' (or '16-mixed'), which keeps them as they are."
+            )
 
     def make_sampler(self) -> Any:
         """A new scheduler for sampling, along the noise of training."""

@@ -177,6 +177,7 @@ class LesionMaskDiffusion(LesionDiffusion):
 
     def setup(self, stage: str) -> None:
         """Check that the data are what the network was built for, and compile."""
+        super().setup(stage)
         data: Any = getattr(self.trainer, "datamodule", None)
         check_data(data, {}, num_classes=self.hparams["num_classes"], image_size=self.image_size)
         if self.hparams["compile"]:

@@ -31,7 +31,7 @@ class TextureBank(nn.Module):
     Attributes:
         histograms: (N, classes * bins), of the lesions that were measured.
         groups: (N,) int64, the group of each of them, -1 when unknown.
-        centroids: (count, classes * bins), means of the clusters.
+        centroids: (count, classes * bins), means of the clusters, each class over the lesions that have it.
         exemplars: (count, classes * bins), the lesion nearest to each.
     """
 
@@ -61,13 +61,15 @@ class TextureBank(nn.Module):
         centroids, _ = kmeans2(found, count, minit="++", seed=np.random.default_rng(0), iter=100, missing="warn")
         rows = centroids.reshape(count, self.classes, self.bins)
         brightness = rows.sum(1) @ np.arange(self.bins) / rows.sum((1, 2)).clip(min=1e-9)
-        centroids = centroids[np.argsort(brightness)]
-        nearest = ((found[:, None] - centroids) ** 2).sum(-1).argmin(0)
+        order = np.argsort(brightness)
+        nearest = ((found[:, None] - centroids[order]) ** 2).sum(-1).argmin(0)
+        shares = rows[order]
+        shares = shares / np.where(shares.any(-1, keepdims=True), shares.sum(-1, keepdims=True), 1)
         device = self.histograms.device
         self.histograms = histograms.float().to(device)
         unknown = torch.full((len(histograms),), -1, dtype=torch.int64)
         self.groups = (unknown if groups is None else groups).to(device)
-        self.centroids.copy_(torch.from_numpy(centroids))
+        self.centroids.copy_(torch.from_numpy(shares).flatten(1))
         self.exemplars.copy_(self.histograms[torch.from_numpy(nearest).to(device)])
 
     def check(self, texture: str) -> None:

@@ -130,8 +130,78 @@ def test_a_lesion_that_is_empty_or_outside_or_of_another_grid_is_not_pasted():
         paste_roi(image, beyond, lesion)
     with pytest.raises(InvalidSampleError, match=r"\(5, 5, 4\) voxels for a block of \(5, 5, 5\)"):
         paste_roi(image, beyond, lesion[..., :4])
-    with pytest.raises(InvalidSampleError, match="resample or reorient"):
+    with pytest.raises(InvalidSampleError, match="2 of 2 voxels outside of the scan"):
         paste_roi(image, Volume(beyond.array, beyond.affine @ np.diag([-1, 1, 1, 1])), lesion)
+
+
+def test_a_block_with_its_axes_in_another_order_is_put_back_bit_for_bit():
+    image, mask = scan_with([((3, 4, 2), (3, 2, 4))])
+    (roi,) = extract_rois(image, mask, (8, 9, 6))
+    made = roi.image.with_array(roi.image.array + np.arange(9)[:, None].astype(np.int16))
+    expected = paste_roi(image, made, roi.mask.array).array
+    axes = ("P", "L", "S")
+    assert np.array_equal(paste_roi(image, made.reoriented(axes), roi.mask.reoriented(axes).array).array, expected)
+
+
+@pytest.mark.parametrize("step", [(0.5, 0.6, 1.2), (1.4, 1.3, 4.0)], ids=["finer", "coarser"])
+def test_a_block_of_another_spacing_is_put_back_in_its_millimetres(step):
+    """Of a ramp along a diagonal of the patient, which linear resampling keeps: a shift would change the values."""
+    shape = (40, 36, 30)
+    image = Volume(np.random.default_rng(0).integers(-1000, 1500, shape).astype(np.int16), AFFINE)
+    placed = np.diag([*step, 1.0])
+    placed[:3, 3] = AFFINE[:3, 3] + (7.3, 5.1, 21.7)
+    centre, grid = placed[:3, 3] + (5.5, 6.0, 8.0), np.indices((24, 22, 14)).reshape(3, -1)
+
+    def mm(index, affine):
+        return affine[:3, :3] @ index + affine[:3, 3:]
+
+    def ramp(points):
+        return 10 * points[0] - 4 * points[1] + 3 * points[2] + 1200
+
+    points = mm(grid, placed)
+    lesion = (np.linalg.norm(points - centre[:, None], axis=0) < 4).reshape(24, 22, 14)
+    block = Volume(ramp(points).reshape(24, 22, 14).astype(np.float32), placed).reoriented(("P", "L", "S"))
+    turned = Volume(lesion.astype(np.uint8), placed).reoriented(("P", "L", "S")).array
+    pasted = paste_roi(image, block, turned)
+    found = mm(np.indices(shape).reshape(3, -1), AFFINE)
+    inside = (np.linalg.norm(found - centre[:, None], axis=0) < 4).reshape(shape)
+    changed = pasted.array != image.array
+    reach = max(*step, *image.spacing)
+    edge = (np.abs(np.linalg.norm(found - centre[:, None], axis=0) - 4) < reach).reshape(shape)
+    assert np.array_equal(changed | edge, inside | edge)
+    np.testing.assert_allclose(mm(np.argwhere(changed).T, AFFINE).mean(1), centre, atol=0.35)
+    np.testing.assert_allclose(pasted.array[changed], ramp(found).reshape(shape)[changed], atol=0.6)
+    assert pasted.array.dtype == np.int16
+
+
+def test_a_lesion_finer_than_the_scan_can_show_says_so():
+    image, _ = scan_with([])
+    affine = AFFINE.copy()
+    affine[:3, :3] /= 8
+    affine[:3, 3] += AFFINE[:3, :3] @ (4.4, 4.4, 4.4)
+    lesion = np.zeros((3, 3, 3), np.uint8)
+    lesion[1, 1, 1] = 1
+    with pytest.raises(InvalidSampleError, match="covers the centre of a voxel of the scan"):
+        paste_roi(image, Volume(np.zeros((3, 3, 3)), affine), lesion)
+
+
+def test_values_that_the_scan_cannot_hold_are_refused(tmp_path):
+    image, mask = scan_with([((3, 4, 2), (3, 3, 3))])
+    (roi,) = extract_rois(image, mask, (8, 8, 8))
+    made = roi.image.with_array(np.full((8, 8, 8), -343.0, np.float32))
+    unset = Volume((image.array + 1000).clip(0).astype(np.uint16), AFFINE)
+    with pytest.raises(
+        InvalidSampleError, match=r"-343 to -343 for a scan of uint16, which holds 0 to 65535.*HU offset"
+    ):
+        paste_roi(unset, made, roi.mask.array)
+    stored = read_volume(write_volume(tmp_path / "ct.nii.gz", unset))
+    with pytest.raises(InvalidSampleError, match="HU offset"):
+        paste_roi(stored.with_array(stored.array.astype(np.float32)), made, roi.mask.array)
+    made.array[tuple(np.argwhere(roi.mask.array)[0])] = np.nan
+    with pytest.raises(InvalidSampleError, match="NaN or infinite"):
+        paste_roi(image, made, roi.mask.array)
+    outside = roi.image.with_array(np.where(roi.mask.array, 40, np.nan).astype(np.float32))
+    assert (paste_roi(image, outside, roi.mask.array).array[mask.array > 0] == 40).all()
 
 
 def test_the_lungs_of_a_chest_are_found_with_their_nodules():

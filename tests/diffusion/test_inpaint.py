@@ -75,7 +75,7 @@ def test_the_chain_is_that_of_the_authors_code(reference, jumps):
         )
         if name == "emidec":
             found = merge_classes(found, masks, found[:, :1])
-        torch.testing.assert_close(found.flatten(), torch.tensor(expected[name]), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found.flatten(), torch.tensor(expected[name]), rtol=0, atol=2e-6)
         assert noise.count == expected["number_of_gaussian_draws"]
 
 

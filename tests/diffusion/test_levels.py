@@ -24,7 +24,7 @@ def grid(a, b):
 
 
 def close(found, expected):
-    torch.testing.assert_close(found.flatten(), torch.tensor(expected), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.flatten(), torch.tensor(expected), rtol=2e-6, atol=2e-6)
 
 
 @pytest.fixture
@@ -63,6 +63,15 @@ def test_forward_noise_and_clean_estimates_are_those_of_the_authors_code(papers,
         close(papers.diffuse(grid(-1, 1), t, grid(2, -2)), expected)
     for t, expected in zip((0, 150, 299), reference("lefusion")["predict_start_from_noise"]["out"], strict=True):
         close(papers.clean(grid(2, -2), grid(-1, 1), t), expected)
+
+
+def test_the_last_level_leaves_as_much_noise_as_in_the_authors_code(papers, reference):
+    """Of a background of 0 and a prediction of no noise: what is not composed once more keeps that much."""
+    expected = reference("lefusion")["final_step_background_residual_std"]
+    one, zero = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+    left = papers.clean(zero, papers.diffuse(zero, 0, one), 0).item()
+    assert left == pytest.approx(expected["value_in_normalised_units_if_bg_eps_pred_is_0"], rel=1e-6)
+    assert left * 700 == pytest.approx(expected["in_HU(x700)"], rel=1e-6)
 
 
 def test_the_posterior_is_that_of_the_authors_code(papers, reference):

@@ -81,6 +81,34 @@ def test_texture_is_an_input(conditioning):
     assert made.generate(requests())["image"].isfinite().all()
 
 
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (torch.full((16,), 5 / 16), r"'s1' has, for lesion class number 0, that sum \(0.3125 to 0.3125, sum 5\)"),
+        (torch.zeros(16), r"'s1'.*\(0 to 0, sum 0\)"),
+        (torch.eye(16)[0] * 3 - 2 / 15 * (1 - torch.eye(16)[0]), "'s1'.*not finite or below 0"),
+        (torch.full((16,), float("nan")), "'s1'.*not finite or below 0"),
+    ],
+    ids=["sum of 5", "zeros", "below 0", "nan"],
+)
+def test_textures_that_are_no_histograms_are_refused(row, message):
+    made, textures = measured(), torch.full((3, 16), 1 / 16)
+    textures[1] = row
+    with pytest.raises(ValueError, match=message):
+        made.generate(requests(texture=textures))
+    with pytest.raises(ValueError, match=r"textures of s0, s1, s2 have shape \(3, 8\), not \(3, 16\)"):
+        made.generate(requests(texture=textures[:, :8]))
+
+
+def test_a_class_that_is_not_painted_needs_no_histogram():
+    made, textures = measured(num_classes=3), torch.zeros(3, 32)
+    textures[:, 3] = 1
+    found = made.generate(requests(texture=textures))  # masks of the first class alone
+    assert found["image"].isfinite().all()
+    with pytest.raises(ValueError, match="'s0' has, for lesion class number 1, that sum"):
+        made.generate(requests(num_classes=3, texture=textures))
+
+
 def test_without_conditioning_no_texture_is_needed():
     made = module(conditioning=None).eval()
     assert made.generate(requests())["image"].isfinite().all()
@@ -198,3 +226,21 @@ def test_labels_of_textures_that_are_not_painted_are_refused():
     other = module(num_groups={"texture": 3}, texture="group")
     other._trainer = SimpleNamespace(datamodule=data)
     other.setup("predict")
+
+
+@pytest.mark.parametrize("precision", ["16-true", "bf16-true"])
+def test_precisions_that_round_scans_do_not_generate(precision):
+    made = module()
+    made._trainer = SimpleNamespace(datamodule=None, precision=precision)
+    with pytest.raises(ValueError, match=f"precision '{precision}' rounds the scan.*'bf16-mixed'"):
+        made.setup("predict")
+    made.setup("fit")
+    made._trainer = SimpleNamespace(datamodule=None, precision="bf16-mixed")
+    made.setup("predict")
+
+
+def test_a_trainer_that_rounds_scans_does_not_generate(tmp_path):
+    trainer = Trainer(accelerator="cpu", precision="bf16-true", logger=False, default_root_dir=tmp_path)
+    loader = DataLoader([sample(0) | {"seed": torch.tensor(1)}], batch_size=1, collate_fn=collate)
+    with pytest.raises(ValueError, match="precision 'bf16-true' rounds the scan"):
+        trainer.predict(module(conditioning=None), loader)

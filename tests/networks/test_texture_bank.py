@@ -83,3 +83,17 @@ def test_unknown_textures_are_refused(bank):
         TextureBank(3, 1, 16).draw("random", random)
     with pytest.raises(ValueError, match="2 training lesions make no 3 textures"):
         TextureBank(3, 1, 16).measure(peaks(2, 2, 0))
+
+
+def test_prototypes_of_several_classes_have_a_sum_of_1_in_each():
+    """Half of the bright lesions lack the second class: its row is that of those that have it, not half of it."""
+    found = torch.zeros(12, 2, 16)
+    found[:6, 0], found[6:, 0] = peaks(2, 6, 0), peaks(12, 6, 1)
+    found[6:9, 1] = peaks(5, 3, 2)
+    bank = TextureBank(2, classes=2, bins=16)
+    bank.measure(found.flatten(1))
+    rows = bank.centroids.view(2, 2, 16)
+    torch.testing.assert_close(rows.sum(-1), torch.tensor([[1.0, 0.0], [1.0, 1.0]]))
+    torch.testing.assert_close(rows[1], torch.stack([found[6:, 0].mean(0), found[6:9, 1].mean(0)]))
+    drawn = bank.draw("cluster:1", generators(torch.arange(5))).view(5, 2, 16)
+    torch.testing.assert_close(drawn.sum(-1), torch.ones(5, 2))
