@@ -226,9 +226,7 @@ def test_training_does_not_start_from_weights_that_have_seen_held_out_cases(tmp_
     module = Painter()
     module.training_cases = frozenset(folded(0).state_dict()["training_cases"])
     run = trainer(tmp_path, max_steps=1, limit_val_batches=0)
-    with pytest.raises(
-        ValueError, match=r"what Painter starts from was trained on \d+ .* test cases: 'data_"
-    ):
+    with pytest.raises(ValueError, match=r"what Painter starts from was trained on \d+ .* test cases: 'data_"):
         run.fit(module, folded(1))
     assert run.global_step == 0
 
