@@ -16,7 +16,7 @@ $(READY): setup.cfg pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(READY)
-	PATH="$(CURDIR)/$(BIN):$$PATH" TOTAL=300 STEPS=180 JOBS=2 bash examples/fairdiff_pipeline.sh
+	PATH="$(CURDIR)/$(BIN):$$PATH" TOTAL=300 STEPS=150 JOBS=2 bash examples/fairdiff_pipeline.sh
 
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile -m 'not slow and not gpu'

@@ -39,9 +39,11 @@ balanced() { # folder, arguments: what each group lacks
 }
 
 say "1/7 a segmenter on the real samples alone"
-segment real "${steps[@]}"
+train "$OUT/real" --config "$segmenter" "${steps[@]}"
 
 learn_masks() {
+  score real
+
   say "2/7 a segmenter on the real samples, small groups repeated"
   segment oversampled "${steps[@]}" --data.balance=oversample
 
@@ -65,8 +67,15 @@ balanced "$OUT/controlnet" --config "$controlnet" "--data.generate.masks=$OUT/po
 say "7/7 a segmenter on the Equal-Scale set"
 segment equal_scale "${steps[@]}" --data.balance=equal_scale "--data.synthetic=[$OUT/controlnet/synthetic]" ${TOTAL:+"--data.total=$TOTAL"}
 
+draw() {
+  python examples/show_synthetic.py "$OUT/controlnet/synthetic" --output "$OUT/samples.png" ${DATA:+"--root=$DATA"}
+}
+
+compare() {
+  python examples/compare_runs.py "real only=$OUT/real" "oversampled=$OUT/oversampled" "Equal Scale=$OUT/equal_scale" \
+    --output "$OUT/comparison.md"
+}
+
 say "what it was worth"
-python examples/show_synthetic.py "$OUT/controlnet/synthetic" --output "$OUT/samples.png" ${DATA:+"--root=$DATA"}
-python examples/compare_runs.py "real only=$OUT/real" "oversampled=$OUT/oversampled" "Equal Scale=$OUT/equal_scale" \
-  --output "$OUT/comparison.md"
+side_by_side draw compare
 echo "Table: $OUT/comparison.md   picture: $OUT/samples.png   reports: $OUT/*/lightning_logs/*/fairness/report.html"

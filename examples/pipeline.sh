@@ -34,10 +34,13 @@ generate() { # folder, checkpoint, arguments: samples that exist are not made ag
   echo "$(($(wc -l < "$folder/synthetic/manifest.csv") - 1)) samples in $folder/synthetic"
 }
 
+score() { # name: tests the segmenter that was trained there
+  fairdiff test --config "$segmenter" "${data[@]}" "${quiet[@]}" "--trainer.default_root_dir=$OUT/$1" --ckpt_path=last --verbose=false
+}
+
 segment() { # name, arguments
-  local folder=$OUT/$1; shift
-  train "$folder" --config "$segmenter" "$@"
-  fairdiff test --config "$segmenter" "${data[@]}" "${quiet[@]}" "--trainer.default_root_dir=$folder" --ckpt_path=last --verbose=false
+  train "$OUT/$1" --config "$segmenter" "${@:2}"
+  score "$1"
 }
 
 side_by_side() { # two functions: one after the other, or with JOBS=2 at once on half of the cores each; one that fails stops both
