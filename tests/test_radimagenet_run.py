@@ -104,6 +104,20 @@ def test_stage_1_that_was_killed_in_an_epoch_sees_what_an_unbroken_run_sees(sd, 
             assert torch.equal(tensor, state["state_dict"][f"controlnet.{name}"]), name
 
 
+def test_a_base_without_a_text_encoder_learns_each_prompt_and_resumes_with_them(seen):
+    small = "{block_out_channels: [8, 16], attention_head_dim: 2, norm_num_groups: 4}"
+    told = ("--model.base=tiny", "--model.trained=all", f"--model.base_args={small}", "--model.guidance_scale=1")
+    main(["fit", *arguments("tiny", "run", *told), "--trainer.max_steps=2"])
+    first = torch.load(newest_checkpoint(Path("run"), "last"), weights_only=True)
+    assert set(first["hyper_parameters"]["learned_prompts"]) == PROMPTS
+    assert first["state_dict"]["prompts.learned"].shape[0] == len(PROMPTS) + 1
+    main(["fit", *arguments("tiny", "run", *told, "--ckpt_path=last"), "--trainer.max_steps=4"])
+    module = ControlNetSynth.load_from_checkpoint(newest_checkpoint(Path("run"), "last"), weights_only=True)
+    embeddings = module.prompts.encode(sorted(PROMPTS), module.device)
+    assert embeddings.unique(dim=0).shape[0] == len(PROMPTS)
+    assert not torch.equal(first["state_dict"]["prompts.learned"], module.prompts.learned), "they are trained"
+
+
 def saved(module, path):
     """A checkpoint of Lightning's."""
     trainer = Trainer(accelerator="cpu", logger=False, enable_model_summary=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from string import Formatter
 from typing import Any
 
@@ -38,6 +39,13 @@ class Caption:
         """The text of a sample, by the index of its group for each attribute."""
         names = {spec.name: (*spec.groups, "unknown")[groups.get(spec.name, -1)] for spec in self.attributes}
         return self.text.format(**names)
+
+    @property
+    def texts(self) -> list[str]:
+        """All texts that samples can have."""
+        groups = [[*range(len(spec.groups)), -1] for spec in self.attributes]
+        names = [spec.name for spec in self.attributes]
+        return list(dict.fromkeys(self.of(dict(zip(names, chosen, strict=True))) for chosen in product(*groups)))
 
 
 @dataclass(frozen=True)

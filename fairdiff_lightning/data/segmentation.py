@@ -95,6 +95,11 @@ class SegmentationDataModule(NativeDataModule):
         return super().augment(batch, draws)
 
     @property
+    def prompts(self) -> list[str]:
+        """The distinct texts that samples and requests can carry; none when they carry none."""
+        return [] if self.caption is None else self.caption.texts
+
+    @property
     def reading(self) -> dict[str, str]:
         """How files become samples, and the prompt that goes with them."""
         return {**super().reading, "prompt": repr(self.caption)}

@@ -69,8 +69,9 @@ class ControlNetSynth(PartlyTrained, GenerativeModule):
         condition: ``one_hot`` masks, masks in ``colours`` (what published ControlNets of segmentations expect), or the
             ``edge`` map of the batch.
         prompt: text for all, with ``{group}`` where the group's name goes, "Prostate, MRI" for example; None needs each
-            sample's own. A text encoder reads a sample's own ``prompt`` instead wherever there is one; a base without
-            it learns embeddings of this text alone, and warns once of samples that bring another.
+            sample's own. A sample's own ``prompt`` is read instead wherever there is one.
+        learned_prompts: own texts of samples that a base without a text encoder learns an embedding of each; those that
+            the data module tells of (``prompts``) when None. Such a base knows no others.
         negative_prompt: what guidance leads away from.
         prompt_mixture: weights of the texts whose embeddings, summed, samples are drawn with, or a preset, see
             :class:`PromptMixture`; None takes the prompt alone.
@@ -138,6 +139,7 @@ class ControlNetSynth(PartlyTrained, GenerativeModule):
         group_names: list[str] | None = None,
         condition: Literal["one_hot", "colours", "edge"] = "one_hot",
         prompt: str | None = "",
+        learned_prompts: list[str] | None = None,
         negative_prompt: str = "",
         prompt_mixture: dict[str, float] | Preset | None = None,
         text_dropout: float = 0.1,
@@ -177,7 +179,10 @@ class ControlNetSynth(PartlyTrained, GenerativeModule):
         if self.shared_noises is not None and self.shared_noises < 1:
             raise ValueError(f"shared_noises={shared_noises}: give 1 or more, or None for each sample's own noise.")
         count, width = sum(self._named_groups.values()), self.unet.config.cross_attention_dim
-        self.prompts = Prompts(prompt, count, parts.prompts, width, negative_prompt, mixture, parts.learned)
+        learned = (parts.texts, parts.learned)
+        self.prompts = Prompts(prompt, count, parts.prompts, width, negative_prompt, mixture, *learned)
+        if learned_prompts is not None:
+            self.prompts.learn(learned_prompts)
         self.prompts.names = group_names
         if parts.learned is None:
             self.prompts.check_guidance(guidance_scale, self.text_dropout)
@@ -212,11 +217,20 @@ class ControlNetSynth(PartlyTrained, GenerativeModule):
             check_requests(data, self.attribute)
         if h["group_names"] is None and self._named_groups and hasattr(data, "attribute_groups"):
             h["group_names"] = self.prompts.names = list(data.attribute_groups[self.attribute])
+        if stage == "fit" and self.prompts.encoder is None and h["learned_prompts"] is None:
+            self.prompts.learn([*self.prompts.learned_texts, *getattr(data, "prompts", ())])
+            h["learned_prompts"] = self.prompts.learned_texts
         if stage in ("fit", "validate") and h["adherence"] is not None and self._judge is None:
             self._judge = MaskJudge(h["adherence"], h["num_classes"], h["in_channels"])
         if h["compile"]:
             self.unet.compile()
             self.controlnet.compile()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Have an embedding for each text that the checkpoint has one for."""
+        if self.prompts.learned is not None:
+            self.prompts.learn(checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY].get("learned_prompts") or [])
+        super().on_load_checkpoint(checkpoint)
 
     def forward(self, noisy: Tensor, steps: Tensor, prompts: Tensor, condition: Tensor) -> Tensor:
         """What the network predicts (B, c, h, w) for noisy latents at steps (B,)."""
@@ -357,12 +371,12 @@ class ControlNetSynth(PartlyTrained, GenerativeModule):
         ``base=folder, controlnet=folder/controlnet``, learned prompts included. Either folder tells which cases were
         trained on, where that is known.
         """
-        save_pipeline(Path(folder), self.to_pipeline(), self.prompts.learned, self.training_cases)
+        save_pipeline(Path(folder), self.to_pipeline(), self.prompts, self.training_cases)
 
     def _prompts_of(self, batch: Sample, rounds: Tensor | None = None) -> Tensor:
         """Embeddings (B, L, D) of the samples' prompts; with rounds (B,), in sampling, of what the mixture makes."""
         rounds = rounds if self.prompts.mixture is not None else None
-        if self.prompts.encoder is not None and "prompt" in batch:
+        if self.prompts.reads_texts and "prompt" in batch:
             return self.prompts.encode(list(batch["prompt"]), self.device, rounds)
         unnamed = torch.zeros(len(batch["id"]), dtype=torch.int64, device=self.device)
         group = group_of(batch, str(self.attribute)) if self._named_groups else unnamed

@@ -5,33 +5,29 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from fairdiff_lightning.data.native import atomic_path
 from fairdiff_lightning.data.provenance import read_training_cases, write_training_cases
 from fairdiff_lightning.modules.generative import TRAINING_CASES
 from fairdiff_lightning.networks.checkpoint import read_checkpoint
-from fairdiff_lightning.networks.prompts import LEARNED_FILE
+from fairdiff_lightning.networks.prompts import LEARNED_FILE, Prompts
 
 CONTROLNET = "controlnet"
 """Folder of the control branch in a saved pipeline."""
 
 
-def save_pipeline(folder: Path, pipeline: Any, learned: Tensor | None, training_cases: frozenset[str]) -> None:
+def save_pipeline(folder: Path, pipeline: Any, prompts: Prompts, training_cases: frozenset[str]) -> None:
     """Save a pipeline so that either of its folder and its control branch's tells what was trained on.
 
     Args:
         folder: gets diffusers' layout.
         pipeline: ``StableDiffusionControlNetPipeline``.
-        learned: prompts that take the place of a text encoder.
+        prompts: those that were learned in the place of a text encoder are saved too.
         training_cases: marks of the real cases that were trained on.
     """
-    from safetensors.torch import save_file
-
     pipeline.save_pretrained(str(folder))
-    if learned is not None:
+    if prompts.learned is not None:
         with atomic_path(folder / LEARNED_FILE) as temporary:
-            save_file({"prompts": learned.detach().cpu().contiguous()}, str(temporary))
+            prompts.write_learned(temporary)
     for part in (folder, folder / CONTROLNET):
         write_training_cases(part, training_cases)
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from fairdiff_lightning.networks.checkpoint import read_state_dict
-from fairdiff_lightning.networks.prompts import LEARNED_FILE, PromptEncoder
+from fairdiff_lightning.networks.prompts import LEARNED_FILE, PromptEncoder, read_learned
 
 TINY = "tiny"
 TINY_UNET: dict[str, Any] = {
@@ -43,6 +42,7 @@ class LatentDiffusion:
         noise: arguments of the noise schedule, for any scheduler of diffusers.
         prompts: the text encoder, None when there is none.
         learned: prompts that were learned instead, None when there are none.
+        texts: of samples, that some of these are of.
         trained: whether the UNet has trained weights, which a new control branch must not disturb.
     """
 
@@ -51,6 +51,7 @@ class LatentDiffusion:
     noise: dict[str, Any]
     prompts: PromptEncoder | None = None
     learned: Tensor | None = None
+    texts: Sequence[str] = ()
     trained: bool = True
 
     @property
@@ -115,7 +116,7 @@ def load_base(source: str, in_channels: int, arguments: Mapping[str, Any], pretr
         ) from error
     _check_parts(base, source)
     if pretrained and base.prompts is None and (folder / LEARNED_FILE).is_file():
-        base.learned = read_state_dict(folder / LEARNED_FILE)["prompts"]
+        base.learned, base.texts = read_learned(folder / LEARNED_FILE)
     return base
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fairdiff_lightning.networks.checkpoint import read_state_dict
 from fairdiff_lightning.networks.prompt_mixture import PromptMixture
 
 GROUP = "{group}"
@@ -19,6 +22,8 @@ UNKNOWN_GROUP = "unknown"
 LEARNED_TOKENS = 4
 LEARNED_FILE = "prompts.safetensors"
 """Where a saved pipeline has its learned prompts."""
+TEXTS = "texts"
+"""Where that file has the texts of samples that were learned."""
 REMEMBERED = 1024
 """Texts whose embeddings are kept, 240 kB each with CLIP."""
 
@@ -92,6 +97,9 @@ class PromptEncoder:
 class Prompts(nn.Module):
     """The distinct prompts of a generator: one for all, or one for each group and one for unknown groups.
 
+    Samples may bring texts of their own. An encoder reads any; without one an embedding is learned for each text that
+    is told of beforehand, by ``texts`` or :meth:`learn`.
+
     Args:
         template: the text, with ``{group}`` where the group's name goes; None when every sample brings its own.
         num_groups: groups that the template distinguishes, 0 when it names none.
@@ -99,10 +107,13 @@ class Prompts(nn.Module):
         dim: channels of a learned embedding.
         negative: what guidance leads away from; the empty prompt when empty.
         mixture: what samples are drawn with instead of the prompt alone.
-        learned: values (num_groups + 2, L, D) that the learned embeddings start from.
+        texts: of samples, that embeddings are learned of.
+        learned: values (P, L, D) that the learned embeddings start from: of the template's prompts, one for each group
+            and one for unknown groups; of the texts; of the empty prompt.
 
     Raises:
-        ValueError: when prompts would have to be learned that are not known beforehand, or were learned for others.
+        ValueError: for a negative prompt or a mixture without an encoder, texts to be learned with one, or embeddings
+            that were learned for other prompts.
     """
 
     def __init__(
@@ -113,6 +124,7 @@ class Prompts(nn.Module):
         dim: int,
         negative: str = "",
         mixture: PromptMixture | None = None,
+        texts: Sequence[str] = (),
         learned: Tensor | None = None,
     ) -> None:
         super().__init__()
@@ -120,18 +132,47 @@ class Prompts(nn.Module):
         self.negative_text, self.mixture = negative, mixture
         self.names: Sequence[str] | None = None
         self._told = False
+        self._own_rows = 0 if template is None else num_groups + 1
+        self._rows = {text: self._own_rows + row for row, text in enumerate(dict.fromkeys(texts))}
         self.learned: nn.Parameter | None = None
         if encoder is None:
-            if template is None or negative or mixture:
+            if negative or mixture:
                 raise ValueError(
-                    f"prompt={template!r}, negative_prompt={negative!r}, prompt_mixture={mixture and mixture.weights}: "
-                    "the base has no text encoder, so it learns one embedding for each prompt that is known "
-                    "beforehand. Give a constant prompt or one with {group}, no negative prompt and no mixture; or a "
-                    "base with a text encoder."
+                    f"negative_prompt={negative!r}, prompt_mixture={mixture and mixture.weights}: the base has no text "
+                    "encoder, so it learns one embedding for each prompt that it is trained with. Give no negative "
+                    "prompt and no mixture, or a base with a text encoder."
                 )
-            shape = (num_groups + 1 + 1, LEARNED_TOKENS, dim)  # the last is empty
+            shape = (self._own_rows + len(self._rows) + 1, LEARNED_TOKENS, dim)  # the last is empty
             values = torch.randn(shape)
             self.learned = nn.Parameter(values if learned is None else values.copy_(_fitting(learned, shape)))
+
+    @property
+    def learned_texts(self) -> list[str]:
+        """Texts of samples that have a learned embedding."""
+        return list(self._rows)
+
+    @property
+    def reads_texts(self) -> bool:
+        """Whether the texts that samples bring are made use of."""
+        return self.encoder is not None or bool(self._rows)
+
+    def learn(self, texts: Sequence[str]) -> None:
+        """Have one embedding for each of these texts; what is learned already of them stays.
+
+        To be called before an optimizer knows the embeddings.
+
+        Raises:
+            ValueError: with an encoder, which learns none.
+        """
+        if self.learned is None:
+            raise ValueError(f"learned_prompts={list(texts)}: the base has a text encoder, which reads any text.")
+        new = list(dict.fromkeys(texts))
+        if new == self.learned_texts:
+            return
+        old, fresh = self.learned.detach(), torch.randn(len(new), *self.learned.shape[1:]).to(self.learned)
+        rows = [old[self._rows[text]] if text in self._rows else row for text, row in zip(new, fresh, strict=True)]
+        self.learned = nn.Parameter(torch.cat([old[: self._own_rows], *(row[None] for row in rows), old[-1:]]))
+        self._rows = {text: self._own_rows + row for row, text in enumerate(new)}
 
     def forward(self, group: Tensor) -> Tensor:
         """Embeddings (B, L, D) for the groups (B,) of samples, -1 for unknown; zeros when the template names none."""
@@ -144,7 +185,10 @@ class Prompts(nn.Module):
         return [known[index if index >= 0 else self.num_groups] for index in group.tolist()]
 
     def encode(self, texts: Sequence[str], device: torch.device, rounds: Tensor | None = None) -> Tensor:
-        """Embeddings (B, L, D) of any texts, or of what the mixture makes of them for samples of these rounds (B,)."""
+        """Embeddings (B, L, D) of texts, or of what the mixture makes of them for samples of these rounds (B,)."""
+        if self.learned is not None:
+            rows = torch.tensor([self._rows[text] for text in texts])
+            return self.learned[rows.to(device, non_blocking=True)]
         assert self.encoder is not None, "only a text encoder knows what a text means"
         if self.mixture is None or rounds is None:
             return self.encoder(texts, device)
@@ -166,24 +210,43 @@ class Prompts(nn.Module):
         return self._own(self.negative_text, device=device) if self.negative_text else self.empty(device)
 
     def check_batch(self, batch: Mapping[str, Any]) -> None:
-        """Refuse a batch without the prompts that are needed, or with another number of them than samples.
+        """Refuse a batch without the prompts that are needed, with another number of them, or with unlearned ones.
 
-        Its texts say nothing to learned embeddings: a warning tells so, once, when they differ from the template.
+        Where no text of a sample is learned, but a template is, a warning tells so, once.
         """
         first, given = batch["id"][0], batch.get("prompt")
         if given is None and self.template is None:
             raise ValueError(f"'{first}' has {sorted(batch)}; prompt=None needs 'prompt'.")
         if isinstance(given, str) or (given is not None and len(given) != len(batch["id"])):
             raise ValueError(f"'prompt' of {first!r} and others is {given!r}; expected is a text for each sample.")
-        others = [text for text in given or () if text != self.template]
-        if self.encoder is None and others and not self._told:
+        if self.encoder is None and given is not None:
+            self._check_learned(first, given)
+
+    def _check_learned(self, first: str, given: Sequence[str]) -> None:
+        unknown = [text for text in given if text not in self._rows]
+        if unknown and (self._rows or self.template is None):
+            raise ValueError(
+                f"the batch of '{first}' and others brings the prompt '{unknown[0]}', of which no embedding is learned. "
+                f"The base has no text encoder, and knows {self.learned_texts}. Train with learned_prompts=[...] that "
+                "holds it, or with a data module that tells its `prompts`; or take a base with a text encoder."
+            )
+        others = [text for text in unknown if text != self.template]
+        if others and not self._told:
             self._told = True
             warnings.warn(
-                f"the batch of '{first}' and others brings prompts such as '{others[0]}', which need a base with a "
-                f"text encoder. This one has none: what it learns for prompt='{self.template}'"
-                f"{' and each of its groups' if self.num_groups else ''} is used instead.",
-                stacklevel=2,
+                f"the batch of '{first}' and others brings prompts such as '{others[0]}', but the base has no text "
+                "encoder, and neither learned_prompts nor the data module told of them before. What is learned for "
+                f"prompt='{self.template}'{' and each of its groups' if self.num_groups else ''} is used instead.",
+                stacklevel=3,
             )
+
+    def write_learned(self, path: Path) -> None:
+        """Save the learned embeddings and the texts that some of them are of; :func:`read_learned` reads them."""
+        from safetensors.torch import save_file
+
+        assert self.learned is not None, "nothing is learned beside a text encoder"
+        embeddings = {"prompts": self.learned.detach().cpu().contiguous()}
+        save_file(embeddings, str(path), {TEXTS: json.dumps(self.learned_texts)})
 
     def check_guidance(self, scale: float, dropout: float) -> None:
         """Refuse guidance away from an empty prompt that is learned, but not trained."""
@@ -211,11 +274,20 @@ class Prompts(nn.Module):
         return self.encoder.keep(texts, device)
 
 
+def read_learned(path: Path) -> tuple[Tensor, list[str]]:
+    """Learned embeddings (P, L, D), and the texts of samples that some are of."""
+    from safetensors import safe_open
+
+    embeddings = read_state_dict(path)["prompts"]
+    with safe_open(str(path), "pt") as file:  # type: ignore[no-untyped-call]
+        return embeddings, json.loads((file.metadata() or {}).get(TEXTS, "[]"))
+
+
 def _fitting(learned: Tensor, shape: tuple[int, int, int]) -> Tensor:
     if tuple(learned.shape) != shape:
         raise ValueError(
             f"the base's {LEARNED_FILE} has shape {tuple(learned.shape)}, but this module learns {shape}: an embedding "
-            "for each group that the prompt names, one for unknown groups and the empty one. Give the prompt and "
-            "num_groups that it was saved with, or remove the file to learn new ones."
+            "for each group that the prompt names, one for unknown groups, one for each text and the empty one. Give "
+            "the prompt, num_groups and learned_prompts that it was saved with, or remove the file to learn new ones."
         )
     return learned

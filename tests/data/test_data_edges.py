@@ -169,6 +169,14 @@ def test_patches_show_the_edges_of_the_same_place():
     assert torch.equal(cut["mask"], (cut["image"] > 0.5).long())
 
 
+def test_the_prompts_that_samples_can_have_are_told():
+    data = ready(prompt="{diagnosis}, Ultrasound", edges=None)
+    assert data.prompts == [f"{name}, Ultrasound" for name in (*data.attribute_groups["diagnosis"], "unknown")]
+    assert {data._data("train")[i]["prompt"] for i in range(10)} <= set(data.prompts)
+    assert ready(prompt="Breast", edges=None).prompts == ["Breast"]
+    assert ready(edges=None).prompts == []
+
+
 def test_a_prompt_names_what_is_known():
     assert ready(prompt="Breast, Ultrasound", edges=None)._data("val")[0]["prompt"] == "Breast, Ultrasound"
     with pytest.raises(ValueError, match=r"names \['race'\]; the samples' `attributes` are \['diagnosis'\]"):

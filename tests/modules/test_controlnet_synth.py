@@ -462,7 +462,7 @@ def test_a_samples_own_prompt_wins_where_a_text_encoder_reads_it(sd):
 def test_a_samples_own_prompt_that_no_text_encoder_reads_is_told_of_once():
     module, texts = tiny().eval(), ["left eye", "right eye", "eye"]
     told = (
-        r"'s0' and others brings prompts such as 'left eye', which need a base with a text encoder.*prompt='\{group\}'"
+        r"'s0' and others brings prompts such as 'left eye', but the base has no text encoder.*prompt='\{group\}'"
     )
     with pytest.warns(UserWarning, match=told):
         made = module.generate(batch(prompt=texts))
@@ -473,6 +473,42 @@ def test_a_samples_own_prompt_that_no_text_encoder_reads_is_told_of_once():
         tiny(prompt="Fundus").losses(batch(prompt=["Fundus"] * 3))  # what the module has learned
     with pytest.warns(UserWarning, match="such as 'eye'.*prompt='Fundus'"):
         tiny(prompt="Fundus").losses(batch(prompt=["Fundus", "eye", "eye"]))
+
+
+def test_without_a_text_encoder_each_prompt_of_the_data_is_learned(tmp_path):
+    texts = ["left eye", "right eye"]
+    data = Contract(prompts=texts)
+    for place, sample in enumerate(data.samples):
+        sample["prompt"] = texts[place % 2]
+    module = tiny(prompt=None, num_groups=None)
+    run = trainer(tmp_path, max_epochs=2, callbacks=[TrainableEMA()], enable_checkpointing=True)
+    run.fit(module, data)
+    assert module.hparams["learned_prompts"] == texts
+    path = run.checkpoint_callback.best_model_path
+    again = ControlNetSynth.load_from_checkpoint(path, weights_only=True).eval()
+    asked = batch(prompt=["left eye", "right eye", "left eye"])
+    made = again.generate(asked)["image"]
+    assert not torch.equal(made[1], again.generate(asked | {"prompt": ["left eye"] * 3})["image"][1])
+    with pytest.raises(ValueError, match=r"prompt 'eye', of which no embedding is learned.*\['left eye', 'right eye'\]"):
+        again.generate(asked | {"prompt": ["left eye", "eye", "eye"]})
+    resumed = tiny(prompt=None, num_groups=None)
+    trainer(tmp_path, max_epochs=3, callbacks=[TrainableEMA()]).fit(resumed, data, ckpt_path=path, weights_only=True)
+    assert resumed.prompts.learned.shape == (3, 4, 64)
+    again.save_pretrained(tmp_path / "pipeline")
+    parts = {"base": str(tmp_path / "pipeline"), "controlnet": str(tmp_path / "pipeline" / "controlnet")}
+    settings = {**PLAIN, **parts, "prompt": None, "num_groups": None, "guidance_scale": 2.0}
+    saved = ControlNetSynth(**settings).eval()
+    assert torch.equal(saved.generate(asked)["image"], made)
+    more = ControlNetSynth(**settings, learned_prompts=[*texts, "eye"])
+    assert torch.equal(more.prompts.encode(texts, more.device), saved.prompts.encode(texts, more.device))
+
+
+def test_prompts_that_nobody_told_of_are_refused_without_a_text_encoder(tmp_path):
+    module = tiny(prompt=None, num_groups=None)
+    with pytest.raises(ValueError, match=r"prompt 'left eye', of which no embedding is learned.*knows \[\]"):
+        module.losses(batch(prompt=["left eye"] * 3))
+    with pytest.raises(ValueError, match="prompt=None needs 'prompt'"):
+        module.losses(batch())
 
 
 @pytest.mark.parametrize("prompt", [["left eye"], "eye"])
@@ -951,7 +987,6 @@ def test_training_samples_of_another_size_or_class_are_refused():
     [
         ({"num_groups": None}, "attribute=None: num_groups names none"),
         ({"attribute": "gender"}, r"attribute='gender': num_groups names race \(3 groups\)"),
-        ({"prompt": None}, "no text encoder"),
         ({"negative_prompt": "blurry"}, "no text encoder"),
         ({"image_size": 30}, "multiples of 4"),
         ({"attribute": "gender", "prompt": ""}, r"attribute='gender': num_groups names race"),

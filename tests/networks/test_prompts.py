@@ -81,6 +81,33 @@ def test_learned_prompts_start_from_given_ones_of_the_same_number():
         Prompts("{group}", 3, None, 6, learned=learned)
 
 
+def test_each_text_of_samples_has_an_embedding_of_its_own_beside_those_of_the_template():
+    own = Prompts("{group}", 2, None, 6, texts=["bb", "a", "bb"])
+    groups, empty = own(torch.tensor([0, 1, -1])), own.empty(CPU)
+    assert own.learned_texts == ["bb", "a"]
+    assert own.encode(["a", "bb", "a"], CPU).equal(own.learned[[4, 3, 4]])
+    assert torch.cat([groups, own.encode(["bb", "a"], CPU), empty]).unique(dim=0).shape == (6, 4, 6)
+    own.encode(["a"], CPU).sum().backward()
+    assert own.learned.grad.abs().sum((1, 2)).nonzero().tolist() == [[4]], "that one alone learns from it"
+
+
+def test_texts_that_are_learned_later_leave_the_others_as_they_are(tmp_path):
+    own = Prompts(None, 0, None, 6, texts=["a", "bb"])
+    kept, empty, embeddings = own.encode(["bb"], CPU), own.empty(CPU), own.learned
+    own.learn(["a", "bb"])
+    assert own.learned is embeddings, "nothing is new"
+    own.learn(["ccc", "bb"])
+    assert own.learned.shape == (3, 4, 6)
+    assert own.encode(["bb"], CPU).equal(kept)
+    assert own.empty(CPU).equal(empty)
+    own.write_learned(tmp_path / "prompts.safetensors")
+    learned, texts = prompts.read_learned(tmp_path / "prompts.safetensors")
+    again = Prompts(None, 0, None, 6, texts=texts, learned=learned)
+    assert again.encode(["bb", "ccc"], CPU).equal(own.encode(["bb", "ccc"], CPU))
+    with pytest.raises(ValueError, match=r"learned_prompts=\['a'\]: the base has a text encoder"):
+        Prompts(None, 0, PromptEncoder(tokenizer, Lengths()), 2).learn(["a"])
+
+
 class Words:
     """A tokenizer of five tokens that knows no word, as CLIP's would, cut or not."""
 
