@@ -3,12 +3,14 @@
 #
 #   bash examples/pig_pipeline.sh
 #
-# On your own slices (img/ and mask/ beside each other, see docs/data.md), at full size (days on a GPU):
+# On your own slices (img/ and mask/ beside each other, see docs/data.md), the paper's table: 0, 1024, 2048 and 3072 pairs in each
+# of five folds of patients, at full size (days on a GPU):
 #
-#   DATA=/data/slices KIND=dbt PAIRS=2048 bash examples/pig_pipeline.sh
+#   DATA=/data/slices KIND=dbt FOLDS=5 bash examples/pig_pipeline.sh
 #
-# JOINT=1 trains both networks at once instead of one after the other. A run that was killed goes on where it stopped when the
-# same command is repeated.
+# Each number of pairs holds those of the smaller numbers. Every fold has a generator of its own, which never sees the fold's test
+# slices. JOINT=1 trains both networks at once instead of one after the other. A run that was killed goes on where it stopped when
+# the same command is repeated.
 set -euo pipefail
 DATA=${DATA:+$(realpath -m "$DATA")}
 OUT=${OUT:+$(realpath -m "$OUT")}
@@ -16,41 +18,63 @@ cd "$(dirname "$0")/.."
 
 DATA=${DATA:-}        # folder with img/ and mask/; empty: the phantom
 KIND=${KIND:-demo}    # demo or dbt: which configurations
-PAIRS=${PAIRS:-64}    # pairs to generate
+PAIRS=${PAIRS:-}      # how many pairs, such as "64 128", to compare with each other and with none
+FOLDS=${FOLDS:-1}     # how many of the five folds
 JOINT=${JOINT:-}      # not empty: both networks in one pass
 OUT=${OUT:-runs/pig}
 
 case $KIND in
-  demo) prefix=configs/demo/dbt_; groups=density ;;
-  dbt) prefix=configs/dbt/; groups=view ;;
+  demo) prefix=configs/demo/dbt_ groups=density PAIRS=${PAIRS:-64} ;;
+  dbt) prefix=configs/dbt/ groups=view PAIRS=${PAIRS:-1024 2048 3072} ;;
   *) echo "KIND=$KIND; expected is demo or dbt." >&2; exit 2 ;;
 esac
+read -ra counts <<< "$(tr -s ' ' '\n' <<< "$PAIRS" | sort -nu | tr '\n' ' ')"
+for count in "${counts[@]}"; do
+  [[ $count =~ ^[1-9][0-9]*$ ]] || { echo "PAIRS=$PAIRS; expected are numbers from 1, none is always compared." >&2; exit 2; }
+done
 config() { echo "$prefix$1.yaml"; }
 segmenter=$(config segment)
 . examples/pipeline.sh
-begin "DATA=$DATA KIND=$KIND PAIRS=$PAIRS JOINT=$JOINT"
+begin "DATA=$DATA KIND=$KIND PAIRS=$PAIRS FOLDS=$FOLDS JOINT=$JOINT"
+of_all=("${data[@]}")
 
-say "1/4 a segmenter on the real slices alone"
-segment real
+for ((fold = 0; fold < FOLDS; fold++)); do
+  here=fold_$fold data=("${of_all[@]}" "--data.fold=$fold")
+  say "fold $fold, 1/4 a segmenter on the real slices alone"
+  segment "$here/real"
 
-if [ -n "$JOINT" ]; then
-  pairs=(--config "$(config pig)")
-  say "2/4 both diffusions at once"
-else
-  say "2/4 the guider: a diffusion of masks that sees the noisy image; then the target, which sees its masks"
-  train "$OUT/guider" --config "$(config pig_guider)"
-  pairs=(--config "$(config pig_target)" "--model.guider_checkpoint=$(checkpoint "$OUT/guider" last)")
-fi
-train "$OUT/pairs" "${pairs[@]}"
+  if [ -n "$JOINT" ]; then
+    generator=(--config "$(config pig)")
+    say "fold $fold, 2/4 both diffusions at once"
+  else
+    say "fold $fold, 2/4 the guider: a diffusion of masks that sees the noisy image; then the target, which sees its masks"
+    train "$OUT/$here/guider" --config "$(config pig_guider)"
+    generator=(--config "$(config pig_target)" "--model.guider_checkpoint=$(checkpoint "$OUT/$here/guider" last)")
+  fi
+  train "$OUT/$here/generator" "${generator[@]}"
 
-say "3/4 $PAIRS pairs"
-generate "$OUT/pairs" last "${pairs[@]}" "--data.generate.total=$PAIRS"
+  say "fold $fold, 3/4 pairs: $PAIRS"
+  trained=$(checkpoint "$OUT/$here/generator" last)
+  made=0 seed=0
+  for count in "${counts[@]}"; do
+    generate "$OUT/$here/pairs_$count" "$trained" "${generator[@]}" "--data.generate.total=$((count - made))" \
+      "--data.generate.seed=$seed"
+    made=$count seed=$((seed + 1))
+  done
 
-say "4/4 a segmenter on real slices and pairs"
-segment mixed "--data.synthetic=[$OUT/pairs/synthetic]"
+  say "fold $fold, 4/4 segmenters on real slices and pairs: $PAIRS"
+  folders=()
+  for count in "${counts[@]}"; do
+    folders+=("$OUT/$here/pairs_$count/synthetic")
+    segment "$here/mixed_$count" "--data.synthetic=[$(IFS=,; echo "${folders[*]}")]"
+  done
+done
 
 say "what it was worth"
-python examples/show_synthetic.py "$OUT/pairs/synthetic" --output "$OUT/samples.png" --dataset dbt --attribute "$groups" \
-  ${DATA:+"--root=$DATA"}
-python examples/compare_runs.py "real only=$OUT/real" "real and pairs=$OUT/mixed" --output "$OUT/comparison.md"
-echo "Table: $OUT/comparison.md   picture: $OUT/samples.png   reports: $OUT/*/lightning_logs/*/fairness/report.html"
+folds_of() { local IFS=,; local found=("$OUT"/fold_*/"$1"); echo "${found[*]}"; }
+runs=("real only=$(folds_of real)")
+for count in "${counts[@]}"; do runs+=("real and $count pairs=$(folds_of "mixed_$count")"); done
+python examples/show_synthetic.py "$OUT/fold_0/pairs_${counts[0]}/synthetic" --output "$OUT/samples.png" --dataset dbt \
+  --attribute "$groups" ${DATA:+"--root=$DATA"}
+python examples/compare_runs.py "${runs[@]}" --output "$OUT/comparison.md"
+echo "Table: $OUT/comparison.md   picture: $OUT/samples.png   reports: $OUT/*/*/lightning_logs/*/fairness/report.html"

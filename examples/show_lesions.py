@@ -16,7 +16,7 @@ from fairdiff_lightning.callbacks.slices import flat
 from fairdiff_lightning.data import EmidecDataModule, LIDCDataModule, VolumeDataModule, VolumeDataset
 from fairdiff_lightning.data.native import Record, atomic_path
 from fairdiff_lightning.data.resample import move
-from fairdiff_lightning.data.scans import SCAN, list_scans
+from fairdiff_lightning.data.scan_list import SCAN
 
 MODULES: dict[str, type[VolumeDataModule]] = {"lidc": LIDCDataModule, "emidec": EmidecDataModule}
 
@@ -34,7 +34,8 @@ def main(
     data.prepare_data()
     reader = data.dataset
     known = [*reader.index(data.folder).records, *reader.backgrounds(data.folder)]
-    real = {record.id: record for record in (*known, *(list_scans(Path(scans)) if scans else ()))}
+    whole = data.scans(Path(scans)) if scans else []
+    real = {record.id: record for record in known} | {scan.source or scan.id: scan for scan in whole}
     columns: list[list[Tensor]] = []
     titles: list[str] = []
     for folder in map(Path, folders):

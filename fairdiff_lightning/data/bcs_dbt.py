@@ -20,11 +20,14 @@ from fairdiff_lightning.data.native import Index, Record, visible_files
 from fairdiff_lightning.data.phantoms import allocate
 from fairdiff_lightning.data.phantoms_dbt import BREAST_LOOKS, View, breast_slice
 from fairdiff_lightning.data.segmentation import SegmentationDataModule
+from fairdiff_lightning.data.splits import Splits, split_records
 
 VOLUME = ["PatientID", "StudyUID", "View"]
 BOX = ["X", "Y", "Width", "Height"]
 NUMBERS = ("Slice", *BOX, "AD", "VolumeSlices")
 PATHS = ("descriptive_path", "classic_path")
+OWNER_SPLITS = {"validation": "val", "test": "test"}
+"""What a table is named after -> the split that its cases are."""
 DIAGNOSES = ("Normal", "Actionable", "Benign", "Cancer")
 PHANTOM_SIZE, PHANTOM_VOLUMES, PHANTOM_DEPTH, PHANTOM_BITS = (96, 72), 30, 5, 10
 
@@ -52,8 +55,8 @@ class BCSDBT(DBT):
 
     Layout: ``BCS-DBT boxes-*.csv``, ``BCS-DBT file-paths-*.csv`` and, for the diagnosis, ``BCS-DBT labels-*.csv``
     beside the download of TCIA. A boxes table joined with the paths (``boxes_with_paths-*.csv``) does for both. The
-    mask of a slice holds all boxes that mark it. Tables named ``test`` are the official test split. The tables are
-    published whole and a download seldom is: rows whose volume is not there are counted and reported, not refused.
+    mask of a slice holds all boxes that mark it. Tables named ``validation`` and ``test`` are these splits. The tables
+    are published whole and a download seldom is: rows whose volume is not there are counted and reported, not refused.
 
     Samples are written, and read back, in the layout of :class:`~fairdiff_lightning.data.dbt.DBT`, since a mask is no
     box: a folder without tables is read as that.
@@ -85,7 +88,7 @@ class BCSDBT(DBT):
         left_out, rows = Counter[str](), 0
         records: list[Record] = []
         for table in boxes:
-            split = "test" if _part(table) == "test" else None
+            split = OWNER_SPLITS.get(_part(table))
             found = self._read_boxes(table)
             rows += len(found)
             for names, group in found.groupby(VOLUME, sort=True):
@@ -245,6 +248,10 @@ class BCSDBT(DBT):
 class BCSDBTDataModule(SegmentationDataModule):
     """BCS-DBT for segmentation with boxes as weak masks: slices squeezed to a square, split by patient.
 
+    The cases of the owner's tables ``validation`` and ``test`` are the validation and the test split; ``fractions``
+    divide the others where one of these tables is not there. A ``fold`` divides the patients of training and validation
+    anew: its own validate, or are the test split where there is no table of that name.
+
     Args:
         root: folder with the tables and the download; None writes and uses a phantom.
         attributes: attributes to report and to route by; the first is the one that ``balance`` balances.
@@ -252,6 +259,7 @@ class BCSDBTDataModule(SegmentationDataModule):
         batch_size: samples in a batch, on each device.
         num_workers: loader processes.
         offsets: slices to take around the slice of each box: 0 is its own, -1 the one before.
+        num_folds: folds that the patients are divided into when ``fold`` is given; five in the paper of PIG.
         **kwargs: arguments of :class:`SegmentationDataModule`.
     """
 
@@ -263,9 +271,19 @@ class BCSDBTDataModule(SegmentationDataModule):
         batch_size: int = 6,
         num_workers: int = 0,
         offsets: Sequence[int] = (0,),
+        num_folds: int = 5,
         **kwargs: Any,
     ) -> None:
-        super().__init__(BCSDBT(offsets), root, attributes, image_size, batch_size, num_workers, **kwargs)
+        frame = (image_size, batch_size, num_workers)
+        super().__init__(BCSDBT(offsets), root, attributes, *frame, num_folds=num_folds, **kwargs)
+
+    def _split(self, real: Sequence[Record]) -> Splits:
+        published = [record for record in real if record.split == "val"]
+        train, val, test = self.fractions
+        if not published or self.fold is not None or train <= 0:
+            return super()._split(real)
+        rest = [record for record in real if record.split != "val"]
+        return split_records(rest, (train + val, 0.0, test), self.split_seed) | {"val": published}
 
 
 def turn_to(image: NDArray[np.uint8], laterality: str) -> NDArray[np.uint8]:

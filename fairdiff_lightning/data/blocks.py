@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from lightning.pytorch.utilities import rank_zero_warn
 
 from fairdiff_lightning.data.errors import InvalidSampleError
 from fairdiff_lightning.data.grid import RAS, Array, Native, Size, Volume
@@ -33,9 +34,19 @@ def centred_start(shape: Sequence[int], size: Sequence[int], centre: Sequence[in
 
 
 def cut(array: Array, start: Sequence[int], size: Sequence[int], fill: float) -> Array:
-    """Cut a block out of an array; what lies beyond its ends is filled."""
-    block = np.full(size, fill, array.dtype)
+    """Cut a block out of an array; what lies beyond its ends is filled.
+
+    A number that the array's type cannot hold (-1000 in a CT of uint16, whose offset was never applied) becomes the
+    nearest one that it can, with a warning where anything is filled.
+    """
     inner, outer = overlap(array.shape, start, size)
+    held = as_type(np.array(fill), array.dtype)
+    if held != fill and array[outer].size < np.prod(size):
+        rank_zero_warn(
+            f"padding of {fill:g} for an array of {array.dtype}, which cannot hold it: {held} is taken, its nearest. "
+            "Where the offset of a CT was never applied, add it first (as int16)."
+        )
+    block = np.full(size, held, array.dtype)
     block[inner] = array[outer]
     return block
 

@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -19,8 +20,10 @@ from fairdiff_lightning.data.native import make_directory_once
 Storage = Literal["none", "memory", "disk"]
 Arrays = tuple[NDArray[Any], ...]
 Layout = Mapping[str, tuple[tuple[int, ...], Any]]
-VERSION = 1
+VERSION = 2
 """Part of every key: raised when what is stored for the same files and settings changes."""
+MARK = 4096
+"""Bytes of the beginning and of the end of a file that mark its content: of a gzip or zip, the end has check sums."""
 
 
 def cache_root() -> Path:
@@ -30,12 +33,17 @@ def cache_root() -> Path:
 
 
 def fingerprint(files: Sequence[str | Path], *settings: object) -> str:
-    """Key of the files (path, size, time of change), of those in folders, and of the settings they are read with."""
+    """Key of the files (path, size, time of change, both ends), of those in folders, and of what they are read with."""
     digest = hashlib.sha256(repr((VERSION, settings)).encode())
     listed = (sorted(Path(file).iterdir()) if os.path.isdir(file) else [file] for file in files)
     for file in chain.from_iterable(listed):
         stat = os.stat(file)
         digest.update(f"{file}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+        if S_ISREG(stat.st_mode):
+            with open(file, "rb", buffering=0) as stream:
+                digest.update(stream.read(MARK))
+                stream.seek(max(stat.st_size - MARK, 0))
+                digest.update(stream.read(MARK))
     return digest.hexdigest()[:32]
 
 

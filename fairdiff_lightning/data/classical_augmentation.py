@@ -1,4 +1,4 @@
-"""The classical augmentations that DiffBoost is compared with, each sample its own, on the batch's device."""
+"""The classical augmentations that DiffBoost is compared with: MONAI changes each sample, by draws of a batch's own."""
 
 from __future__ import annotations
 
@@ -8,15 +8,14 @@ from functools import partial
 from typing import Literal, get_args
 
 import torch
-import torch.nn.functional as F
+from scipy import ndimage
 from torch import Tensor, nn
 
 Name = Literal[
     "contrast", "gamma", "brightness", "noise", "low_resolution", "mirror", "rotate", "scale", "all", "deep_stack"
 ]
 Draws = torch.Generator | None
-Intensity = Callable[[Tensor, Draws], Tensor]
-"""Maps image (B, C, H, W[, D]) in [-1, 1] and a generator to the image."""
+Change = Literal["contrast", "gamma", "seldom_gamma", "brightness", "noise", "low_resolution"]
 
 
 @dataclass(frozen=True)
@@ -74,6 +73,7 @@ class ClassicalAugmentation(nn.Module):
         ``deep_stack``      resolves to nothing but min-    applied                     none
                             max, by mistake
         interpolation       cubic spline                    cubic convolution           none
+        blur at the border  image mirrored                  nearest pixel repeated      none
         several channels    contrast, brightness, noise,    one draw for a sample       none
                             blur drawn for each
         ==================  ==============================  ==========================  ========================
@@ -121,164 +121,111 @@ class ClassicalAugmentation(nn.Module):
         if mask.shape != (len(image), 1, *image.shape[2:]):
             raise ValueError(f"mask has shape {tuple(mask.shape)} for an image of shape {tuple(image.shape)}.")
         low, high = self.intensity_range
-        image = (image - low) * (2 / (high - low)) - 1
+        pairs = zip((image - low) * (2 / (high - low)) - 1, mask, strict=True)
+        changed, labels = zip(*(self._change(*pair, generator) for pair in pairs), strict=True)
+        joined = torch.stack(changed).to(image.dtype)
+        joined = joined.clamp(-1, 1) if self.normalize == "clip" else stretch(joined)
+        return (joined + 1) * ((high - low) / 2) + low, torch.stack(labels)
+
+    def _change(self, image: Tensor, mask: Tensor, generator: Draws) -> tuple[Tensor, Tensor]:
+        from monai.utils import convert_to_tensor
+
         if self.geometry is not None:
             image, mask = move(image, mask, self.geometry, generator)
         for change in self.intensities:
-            image = change(image, generator)
-        image = image.clamp(-1, 1) if self.normalize == "clip" else stretch(image)
-        return (image + 1) * ((high - low) / 2) + low, mask
-
-
-def adjust_contrast(image: Tensor, factor: Tensor) -> Tensor:
-    """Multiply the distance of each image (B, ...) from its mean by its factor (B,), within its own range."""
-    flat = image.flatten(1)
-    mean, smallest, largest = (_each(value, image) for value in (flat.mean(1), flat.amin(1), flat.amax(1)))
-    return ((image - mean) * _each(factor, image) + mean).clamp(smallest, largest)
-
-
-def adjust_gamma(image: Tensor, gamma: Tensor, retain_stats: bool = False) -> Tensor:
-    """Raise each image (B, ...), scaled to [0, 1], to its power (B,); back to its range, or to its mean and spread."""
-    flat = image.flatten(1)
-    smallest, largest = _each(flat.amin(1), image), _each(flat.amax(1), image)
-    span = (largest - smallest).clamp_min(1e-7)
-    powered = ((image - smallest) / span) ** _each(gamma, image) * span + smallest
-    if not retain_stats:
-        return powered
-    spread, mean = torch.std_mean(powered.flatten(1), 1)
-    shape = flat.std(1) / spread.clamp_min(1e-8)
-    return (powered - _each(mean, image)) * _each(shape, image) + _each(flat.mean(1), image)
-
-
-def gaussian_blur(image: Tensor, sigma: Tensor, border: Literal["replicate", "constant"] = "replicate") -> Tensor:
-    """Blur each image (B, C, H, W[, D]) by its ``sigma`` (B,), pixels, on the CPU; 0 leaves an image as it is."""
-    radius = int(4 * float(sigma.max()) + 0.5)
-    if radius == 0:
-        return image
-    offsets = torch.arange(-radius, radius + 1)
-    weight = torch.exp(-0.5 * (offsets / sigma.clamp_min(1e-3)[:, None]) ** 2)
-    weight = (weight / weight.sum(1, keepdim=True)).to(image, non_blocking=True)
-    count, axes = image.shape[0] * image.shape[1], image.dim() - 2
-    kernel = weight.repeat_interleave(image.shape[1], 0)
-    convolve = F.conv2d if axes == 2 else F.conv3d
-    blurred = image.reshape(1, count, *image.shape[2:])
-    for axis in range(axes):
-        margin = [0] * (2 * axes)
-        margin[2 * (axes - 1 - axis) : 2 * (axes - axis)] = [radius, radius]
-        line = kernel.view(count, 1, *(-1 if d == axis else 1 for d in range(axes)))
-        blurred = convolve(F.pad(blurred, margin, mode=border), line, groups=count)
-    return blurred.view_as(image)
+            image = draw_intensity(change, generator)(image)
+        return convert_to_tensor(image, track_meta=False), convert_to_tensor(mask, track_meta=False)
 
 
 def stretch(image: Tensor, low: float = -1.0, high: float = 1.0) -> Tensor:
     """Scale each image (B, ...) linearly to [low, high]; a constant one becomes ``low``."""
-    smallest, largest = (_each(value, image) for value in image.flatten(1).aminmax(dim=1))
-    span = (largest - smallest).clamp_min(torch.finfo(image.dtype).tiny)
-    return (image - smallest) / span * (high - low) + low
+    from monai.transforms import rescale_array
+
+    return torch.stack([rescale_array(sample, 0.0, 1.0, dtype=None) for sample in image]) * (high - low) + low
 
 
 def move(image: Tensor, mask: Tensor, geometry: Geometry, generator: Draws = None) -> tuple[Tensor, Tensor]:
-    """Move image (B, C, H, W[, D]) and mask (B, 1, H, W[, D]) alike, by one resampling and then flips."""
-    if geometry.degrees > 0 or geometry.scale != (1.0, 1.0):
-        matrices = draw_matrices(len(image), image.dim() - 2, geometry, generator)
-        offsets = draw_elastic(image, geometry.p_elastic, generator) if geometry.p_elastic > 0 else None
-        image, mask = resample(image, mask, matrices, offsets, geometry.border)
-    if geometry.p_mirror == 0:
-        return image, mask
-    chosen = _chance(len(image), geometry.p_mirror, generator)
-    for axis in range(2, image.dim()):
-        flips = _each(chosen & _chance(len(image), 0.5, generator), image)
-        image, mask = (torch.where(flips, moved.flip(axis), moved) for moved in (image, mask))
-    return image, mask
+    """Move image (C, H, W[, D]) and mask (1, H, W[, D]) alike, by one resampling and then flips."""
+    from monai.transforms import Flip, Resample
+
+    grid = draw_grid(image, geometry, generator)
+    if grid is not None:
+        mode = "bicubic" if image.dim() == 3 else "bilinear"
+        image = Resample(mode, geometry.border, dtype=image.dtype)(image, grid)
+        mask = Resample("nearest", "zeros", dtype=torch.float32)(mask, grid).to(mask.dtype)
+    mirrored = _happens(geometry.p_mirror, generator)
+    axes = [axis for axis in range(image.dim() - 1) if mirrored and _happens(0.5, generator)]
+    return (Flip(axes)(image), Flip(axes)(mask)) if axes else (image, mask)
 
 
-def draw_matrices(count: int, axes: int, geometry: Geometry, generator: Draws = None) -> Tensor:
-    """Draw the (count, axes, axes) rotations and scalings that map output to input coordinates about the centre."""
-    angle = (2 * torch.rand(count, generator=generator) - 1) * geometry.degrees * torch.pi / 180
-    angle = angle * _chance(count, geometry.p_rotate, generator)
-    scaled = _chance(count, geometry.p_scale, generator)
-    scale = torch.where(scaled, _around_one(count, geometry.scale, generator), torch.ones(()))
-    matrices = torch.eye(axes).repeat(count, 1, 1)
-    cos, sin = angle.cos(), angle.sin()
-    matrices[:, :2, :2] = torch.stack([cos, sin, -sin, cos], -1).view(-1, 2, 2)
-    return matrices * scale[:, None, None]
+def draw_grid(image: Tensor, geometry: Geometry, generator: Draws = None) -> Tensor | None:
+    """Draw where the voxels of an image (C, H, W[, D]) come from, or None when they stay.
 
-
-def draw_elastic(image: Tensor, p: float, generator: Draws = None) -> Tensor:
-    """Draw displacements (B, axes, H, W[, D]), pixels: uniform noise, blurred, times 0 to 200; 0 with chance 1 - p."""
-    count, axes = len(image), image.dim() - 2
-    magnitude = 200 * torch.rand(count, generator=generator) * _chance(count, p, generator)
-    sigma = 9 + 4 * torch.rand(count, generator=generator)
-    noise = 2 * torch.rand(count, axes, *image.shape[2:], generator=generator) - 1
-    smooth = gaussian_blur(noise.to(image.device, non_blocking=True), sigma, "constant")
-    return smooth * _each(magnitude, smooth)
-
-
-def resample(
-    image: Tensor,
-    mask: Tensor,
-    matrices: Tensor,
-    offsets: Tensor | None = None,
-    border: Literal["border", "zeros"] = "border",
-) -> tuple[Tensor, Tensor]:
-    """Resample image (B, C, H, W[, D]) and mask (B, 1, H, W[, D]) where output coordinates map to.
-
-    Args:
-        image: floating point.
-        mask: class indices; the nearest is taken, 0 outside.
-        matrices: (B, axes, axes), output to input coordinates about the centre, pixels.
-        offsets: (B, axes, H, W[, D]) added to the output coordinates first, pixels.
-        border: what image lies outside.
+    Returns:
+        MONAI's grid (3 or 4, H, W[, D]) of voxels from the centre, displaced by noise that is blurred by 9 to 13 voxels
+        and multiplied by 0 to 200, then turned and scaled.
     """
-    size = image.shape[2:]
-    lines = [torch.arange(n, device=image.device, dtype=image.dtype) - (n - 1) / 2 for n in size]
-    places = torch.stack(torch.meshgrid(*lines, indexing="ij")).expand(len(image), -1, *size)
-    moved_from = places if offsets is None else places + offsets
-    places = torch.einsum("bij,bj...->b...i", matrices.to(image, non_blocking=True), moved_from)
-    grid = torch.stack([places[..., axis] * (2 / size[axis]) for axis in reversed(range(len(size)))], -1)
-    mode = "bicubic" if len(size) == 2 else "bilinear"
-    moved = F.grid_sample(image, grid, mode=mode, padding_mode=border, align_corners=False)
-    labels = F.grid_sample(mask.to(image.dtype), grid, mode="nearest", padding_mode="zeros", align_corners=False)
-    return moved, labels.to(mask.dtype)
+    from monai.transforms import AffineGrid, create_grid
+
+    size = image.shape[1:]
+    rotates, scales, bends = (_happens(p, generator) for p in (geometry.p_rotate, geometry.p_scale, geometry.p_elastic))
+    rotates, scales = rotates and geometry.degrees > 0, scales and geometry.scale != (1.0, 1.0)
+    if not (rotates or scales or bends):
+        return None
+    grid: Tensor = create_grid(size, dtype=torch.float32, device=image.device, backend="torch")
+    if bends:
+        noise = 2 * torch.rand(len(size), *size, generator=generator).numpy() - 1
+        axes = tuple(range(1, noise.ndim))
+        smooth = ndimage.gaussian_filter(noise, _uniform(9, 13, generator), mode="constant", axes=axes)
+        grid[:-1] += torch.from_numpy(_uniform(0, 200, generator) * smooth).to(grid)
+    angle = _uniform(-geometry.degrees, geometry.degrees, generator) * torch.pi / 180 if rotates else 0.0
+    scale = _around_one(*geometry.scale, generator) if scales else 1.0
+    rotation = (angle,) if len(size) == 2 else (0.0, 0.0, angle)
+    moved: Tensor = AffineGrid(rotation, scale_params=(scale,) * len(size))(grid=grid)[0]
+    return moved
 
 
-def _contrast(image: Tensor, generator: Draws) -> Tensor:
-    return adjust_contrast(image, _around_one(len(image), (0.75, 1.25), generator))
+def gaussian_blur(image: Tensor, sigma: float) -> Tensor:
+    """Blur an image (C, H, W[, D]) by ``sigma`` voxels, with the nearest outside (``GaussianSmooth`` takes 0)."""
+    from monai.networks.layers import gaussian_1d, separable_filtering
+
+    kernel = gaussian_1d(torch.tensor(sigma), approx="sampled", normalize=True)
+    blurred: Tensor = separable_filtering(image[None], [kernel] * (image.dim() - 1), "replicate")[0]
+    return blurred
 
 
-def _gamma(image: Tensor, generator: Draws, p: float = 1.0, retain_stats: bool = False) -> Tensor:
-    changed = adjust_gamma(image, _around_one(len(image), (0.7, 1.5), generator), retain_stats)
-    return torch.where(_each(_chance(len(image), p, generator), image), changed, image)
+def draw_intensity(change: Change, generator: Draws = None) -> Callable[[Tensor], Tensor]:
+    """Draw a transform of images (C, H, W[, D]) in [-1, 1]."""
+    from monai.transforms import AdjustContrast, Identity, RandGaussianNoise, ScaleIntensityFixedMean, ShiftIntensity
+
+    drawn: Callable[[Tensor], Tensor] = Identity()
+    if change == "contrast":
+        drawn = ScaleIntensityFixedMean(_around_one(0.75, 1.25, generator) - 1, preserve_range=True, dtype=None)
+    elif change == "gamma":
+        drawn = AdjustContrast(_around_one(0.7, 1.5, generator))
+    elif change == "seldom_gamma" and _happens(0.3, generator):
+        drawn = AdjustContrast(_around_one(0.7, 1.5, generator), retain_stats=True)
+    elif change == "brightness":
+        drawn = ShiftIntensity(0.5 * torch.randn((), generator=generator).item())
+    elif change == "noise":  # MONAI draws the standard deviation too, from 0 to the largest
+        seed = int(torch.randint(2**31, (), generator=generator))
+        drawn = RandGaussianNoise(prob=1.0, std=0.05).set_random_state(seed)
+    elif change == "low_resolution" and _happens(0.5, generator):
+        drawn = partial(gaussian_blur, sigma=_uniform(0.5, 1.5, generator))
+    return drawn
 
 
-def _brightness(image: Tensor, generator: Draws) -> Tensor:
-    return image + _each(0.5 * torch.randn(len(image), generator=generator), image)
+def _happens(p: float, generator: Draws) -> bool:
+    return _uniform(0, 1, generator) < p
 
 
-def _noise(image: Tensor, generator: Draws) -> Tensor:
-    sigma = 0.05 * torch.rand(len(image), generator=generator)
-    noise = torch.randn(image.shape, generator=generator)
-    return image + (noise * _each(sigma, noise)).to(image, non_blocking=True)
+def _uniform(low: float, high: float, generator: Draws) -> float:
+    return low + (high - low) * torch.rand((), generator=generator).item()
 
 
-def _low_resolution(image: Tensor, generator: Draws) -> Tensor:
-    sigma = 0.5 + torch.rand(len(image), generator=generator)
-    return gaussian_blur(image, sigma * _chance(len(image), 0.5, generator))
-
-
-def _each(values: Tensor, like: Tensor) -> Tensor:
-    """One value (B,) for each sample of (B, ...), to broadcast, on its device."""
-    return values.view(-1, *[1] * (like.dim() - 1)).to(like.device, non_blocking=True)
-
-
-def _chance(count: int, p: float, generator: Draws) -> Tensor:
-    return torch.rand(count, generator=generator) < p
-
-
-def _around_one(count: int, limits: tuple[float, float], generator: Draws) -> Tensor:
+def _around_one(low: float, high: float, generator: Draws) -> float:
     """Uniform below 1 or above, each with probability 0.5."""
-    below, part = _chance(count, 0.5, generator), torch.rand(count, generator=generator)
-    return 1 + part * (torch.where(below, limits[0], limits[1]) - 1)
+    return _uniform(low, 1, generator) if _happens(0.5, generator) else _uniform(1, high, generator)
 
 
 GEOMETRIES = {
@@ -288,12 +235,12 @@ GEOMETRIES = {
     "all": Geometry(degrees=5, scale=(0.95, 1.05), p_mirror=0.75),
     "deep_stack": Geometry(180, (0.85, 1.25), p_rotate=0.2, p_scale=0.2, p_mirror=1, p_elastic=0.2, border="zeros"),
 }
-INTENSITIES: dict[str, tuple[Intensity, ...]] = {
-    "contrast": (_contrast,),
-    "gamma": (_gamma,),
-    "brightness": (_brightness,),
-    "noise": (_noise,),
-    "low_resolution": (_low_resolution,),
-    "all": (_low_resolution, _contrast, _gamma, _brightness, _noise),
-    "deep_stack": (partial(_gamma, p=0.3, retain_stats=True),),
+INTENSITIES: dict[str, tuple[Change, ...]] = {
+    "contrast": ("contrast",),
+    "gamma": ("gamma",),
+    "brightness": ("brightness",),
+    "noise": ("noise",),
+    "low_resolution": ("low_resolution",),
+    "all": ("low_resolution", "contrast", "gamma", "brightness", "noise"),
+    "deep_stack": ("seldom_gamma",),
 }

@@ -251,7 +251,7 @@ class DBTDataModule(SegmentationDataModule):
     ) -> None:
         dataset = DBT(patient_pattern, columns, fold, num_folds, split_seed)
         frame = (image_size, batch_size, num_workers)
-        super().__init__(dataset, root, attributes, *frame, split_seed=split_seed, **kwargs)
+        super().__init__(dataset, root, attributes, *frame, num_folds=num_folds, split_seed=split_seed, **kwargs)
 
 
 def patient_folds(patients: Iterable[str], num_folds: int, seed: int) -> dict[str, int]:

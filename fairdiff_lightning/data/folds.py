@@ -35,25 +35,32 @@ def case_folds(cases: Iterable[str], k: int = 3, seed: int | None = None) -> lis
 def fold_records(records: Sequence[Record], fold: int, k: int = 3, val: float = 0.1, seed: int | None = 0) -> Splits:
     """Split real records for one fold: its cases are the test set, the others train and validate.
 
-    DiffBoost's authors select the best epoch on the test set; here validation is cut from the training cases.
+    DiffBoost's authors select the best epoch on the test set; here validation is cut from the training cases. Cases
+    that are marked ``test`` stay the test set in every fold: only the others are divided, and those of the fold
+    validate.
 
     Args:
         records: all real samples, before any filter; ``unit`` is the case.
         fold: which part is the test set, from 0.
         k: number of parts.
-        val: share of the other cases that validate.
+        val: share of the other cases that validate, where the fold is the test set.
         seed: of the shuffling; None keeps the order of the records, and validation is then drawn with seed 0.
 
     Raises:
         ValueError: when there is no such fold, or too few cases.
     """
-    parts = case_folds((record.unit for record in records), k, seed)
+    official = [record for record in records if record.split == "test"]
+    divided = [record for record in records if record.split != "test"]
+    parts = case_folds((record.unit for record in divided), k, seed)
     if not 0 <= fold < k:
         raise ValueError(f"fold={fold} of k={k}: expected 0 to {k - 1}.")
-    held_out = set(parts[fold])
-    rest = [record for record in records if record.unit not in held_out]
+    chosen = set(parts[fold])
+    held_out = [record for record in divided if record.unit in chosen]
+    rest = [record for record in divided if record.unit not in chosen]
+    if official:
+        return {"train": rest, "val": held_out, "test": official}
     inner = split_units((record.unit for record in rest), (1 - val, val, 0), seed or 0)
-    splits: Splits = {"train": [], "val": [], "test": [record for record in records if record.unit in held_out]}
+    splits: Splits = {"train": [], "val": [], "test": held_out}
     for record in rest:
         splits[inner[record.unit]].append(record)
     return splits

@@ -234,8 +234,9 @@ def _shape_at(grid: Volume, spacing: tuple[float, float, float]) -> Size:
 
 def _box(inside: NDArray[np.bool_]) -> tuple[list[int], Size]:
     """First voxel and sides of the box that holds all of ``inside``; of everything where nothing is inside."""
-    found = [np.flatnonzero(inside.any(axis=tuple({0, 1, 2} - {axis}))) for axis in range(3)]
-    if not len(found[0]):
-        return [0, 0, 0], (inside.shape[0], inside.shape[1], inside.shape[2])
-    height, width, depth = (int(along[-1] - along[0]) + 1 for along in found)
-    return [int(along[0]) for along in found], (height, width, depth)
+    from monai.transforms.utils import generate_spatial_bounding_box
+
+    first, beyond = generate_spatial_bounding_box(inside[None])
+    ends = beyond if any(beyond) else inside.shape
+    height, width, depth = (int(end - start) for start, end in zip(first, ends, strict=True))
+    return [int(start) for start in first], (height, width, depth)

@@ -18,7 +18,7 @@ from fairdiff_lightning.data.nifti import nifti_grid
 from fairdiff_lightning.data.phantoms import allocate
 from fairdiff_lightning.data.phantoms_3d import TEXTURES, Labelled, lung_roi
 from fairdiff_lightning.data.sample import UNKNOWN, AttributeSpec
-from fairdiff_lightning.data.scans import PATIENT
+from fairdiff_lightning.data.scan_list import PATIENT
 from fairdiff_lightning.data.volume_dataset import VolumeDataset, check_id, depth_first, depth_last, group_index
 from fairdiff_lightning.data.volume_module import VolumeDataModule
 from fairdiff_lightning.data.volumes import (

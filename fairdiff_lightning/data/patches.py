@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from fairdiff_lightning.data.grid import Size
-from fairdiff_lightning.data.seeding import generator
+from fairdiff_lightning.data.grid import Array, Size
+from fairdiff_lightning.data.seeding import derive_seed
 
 GUESSES, ROUNDS = 64, 64
 """Voxels that are looked at together, and how often, before a whole mask is."""
@@ -17,11 +16,11 @@ GUESSES, ROUNDS = 64, 64
 
 @dataclass(frozen=True)
 class PatchSampler:
-    """Draws a block of a volume: around a voxel of the foreground, or anywhere.
+    """Draws a block of a volume: around a voxel of the foreground, or of the background (MONAI's crops by label).
 
     Args:
         size: height, width and depth of the block, voxels.
-        positive: share of the blocks that are drawn around the foreground.
+        positive: share of the blocks that are drawn around the foreground; a mask without one is drawn from anywhere.
         seed: of all draws.
 
     Raises:
@@ -43,34 +42,33 @@ class PatchSampler:
             mask: class indices.
             *names: what the draw is of, such as an epoch and a sample: the same names, the same block.
         """
-        random = generator(self.seed, "patch", *names)
-        around, *place = torch.rand(4, generator=random, dtype=torch.float64).tolist()
-        room = [full - side for full, side in zip(mask.shape, self.size, strict=True)]
-        centre = draw_foreground(mask, random) if around < self.positive else None
-        if centre is not None:
-            start = [min(max(c - n // 2, 0), r) for c, n, r in zip(centre, self.size, room, strict=True)]
-        else:
-            start = [int(p * (r + 1)) for p, r in zip(place, room, strict=True)]
-        return tuple(slice(s, s + n) for s, n in zip(start, self.size, strict=True))
+        from monai.transforms import SpatialCrop
+        from monai.transforms.utils import generate_pos_neg_label_crop_centers
+
+        random = np.random.RandomState(derive_seed(self.seed, "patch", *names) % 2**32)
+        centres = generate_pos_neg_label_crop_centers(
+            self.size, 1, self.positive, mask.shape, *draw_candidates(mask, random), random
+        )
+        return tuple(SpatialCrop.compute_slices(roi_center=centres[0], roi_size=self.size))
 
 
-def draw_foreground(mask: NDArray[np.uint8], random: torch.Generator) -> tuple[int, ...] | None:
-    """Draw a voxel of the foreground, each as likely as any other; None where there is none.
+def draw_candidates(mask: NDArray[np.uint8], random: np.random.RandomState) -> tuple[Array, Array]:
+    """Draw some voxels of the foreground and some of the background, each as likely as any other of its kind.
 
-    Voxels are guessed until one belongs to the foreground, so that of a mask on disk little is read. Only one that is
+    Voxels are looked at until one belongs to the foreground, so that of a mask on disk little is read. Only one that is
     hardly ever hit (less than about one voxel in a thousand) or empty is searched as a whole.
 
     Args:
         mask: class indices, 0 is background.
-        random: CPU generator of the draw.
+        random: of the draw.
+
+    Returns:
+        Places in the flattened mask, never none; where one of the two is not found, those of the other.
     """
     for _ in range(ROUNDS):
-        guesses = np.unravel_index(torch.randint(mask.size, (GUESSES,), generator=random).numpy(), mask.shape)
-        hits = np.flatnonzero(mask[guesses])
-        if len(hits):
-            return tuple(int(axis[hits[0]]) for axis in guesses)
-    voxels = np.flatnonzero(mask)
-    if not len(voxels):
-        return None
-    chosen = voxels[int(torch.randint(len(voxels), (1,), generator=random))]
-    return tuple(int(axis) for axis in np.unravel_index(chosen, mask.shape))
+        seen = random.randint(mask.size, size=GUESSES)
+        inside = mask[np.unravel_index(seen, mask.shape)] > 0
+        if inside.any():
+            return seen[inside], seen if inside.all() else seen[~inside]
+    found = np.flatnonzero(mask)
+    return found if len(found) else seen, seen

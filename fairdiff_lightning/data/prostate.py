@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -10,12 +11,15 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from fairdiff_lightning.data.case_folders import IMAGES, MASKS, Cases, describe, find_pairs
 from fairdiff_lightning.data.case_table import check_groups, check_ids
 from fairdiff_lightning.data.dbt import read_table
-from fairdiff_lightning.data.dicom_masks import SUFFIXES, is_dicom, is_structure_set, read_dicom_mask
+from fairdiff_lightning.data.dicom_exports import find_exports
+from fairdiff_lightning.data.dicom_masks import is_dicom, is_structure_set, read_dicom_mask
 from fairdiff_lightning.data.dicom_seg import write_segmentation
+from fairdiff_lightning.data.dicom_series import read_series
 from fairdiff_lightning.data.errors import InvalidSampleError
-from fairdiff_lightning.data.native import Index, Record, visible_files
+from fairdiff_lightning.data.native import Index, Record
 from fairdiff_lightning.data.nifti import labels_on
 from fairdiff_lightning.data.phantoms import allocate
 from fairdiff_lightning.data.phantoms_pelvis import SCANNERS, STAGES, ct, grid_affine, pelvis
@@ -24,7 +28,6 @@ from fairdiff_lightning.data.sample import AttributeSpec
 from fairdiff_lightning.data.volume_dataset import VolumeDataset, check_id, group_index
 from fairdiff_lightning.data.volume_module import VolumeDataModule
 from fairdiff_lightning.data.volumes import (
-    NIFTI,
     Volume,
     Window,
     check_hu,
@@ -34,7 +37,7 @@ from fairdiff_lightning.data.volumes import (
     write_nifti,
 )
 
-TABLE, IMAGES, MASKS = "cases.csv", "images", "masks"
+TABLE = "cases.csv"
 COLUMNS: Mapping[str, Sequence[str]] = {"t_stage": STAGES, "centre": ("A", "B")}
 TARGETS = ("CTV.*", "PTV.*")
 PHANTOM_SIZE, PHANTOM_STAGES = (64, 64, 32), {0: 0.1, 1: 0.5, 2: 0.3, 3: 0.1}
@@ -42,15 +45,25 @@ PHANTOM_CASES = (("A", "train", 24), ("A", "test", 8), ("B", "test", 8))
 """Centre, split, and number of cases."""
 
 
+@dataclass(frozen=True)
+class CaseRecord(Record):
+    """A case, and the SeriesInstanceUID of its image in a folder that may hold several; None for the only one."""
+
+    series: str | None = None
+
+
 class Prostate(VolumeDataset):
     """Planning CT of the prostate with a target volume, in the shape of dMoE's private data (ICML 2025, section 4).
 
     Layout: ``cases.csv`` with ``id``, ``image`` and ``mask`` (paths below its folder), the columns that are
-    attributes, by the names of their groups, empty where unknown, and optionally ``patient`` and ``split`` (train or
-    test, or nothing). An image is a NIfTI file, or a folder of one DICOM series; a mask is a NIfTI file, or a DICOM
-    RTSTRUCT or SEG of which the structures or segments that match are joined. Without the table, ``images/<id>.nii.gz``
-    and ``masks/<id>.nii.gz`` are paired, as samples are written, and so are ``images/<id>/`` of a DICOM series and
-    ``masks/<id>.dcm``. An image without a mask is for prediction alone.
+    attributes, by the names of their groups, empty where unknown, and optionally ``patient``, ``split`` (train or test,
+    or nothing) and ``series`` (SeriesInstanceUID). An image is a NIfTI file, or a folder of one DICOM series, or of
+    several of which one is named; a mask is a NIfTI file, or a DICOM RTSTRUCT or SEG of which the structures or
+    segments that match are joined. Without the table, ``images/<id>.nii.gz`` and ``masks/<id>.nii.gz`` are paired, as
+    samples are written, and so are ``images/<id>/`` of a DICOM series and ``masks/<id>.dcm``; without these folders,
+    those of patients are searched, see :func:`~fairdiff_lightning.data.dicom_exports.find_exports`. A table without
+    ``image`` and ``mask`` says the groups of the cases that are found so. An image without a mask is for prediction
+    alone.
 
     Args:
         columns: columns of the table that are attributes -> names of their groups.
@@ -73,7 +86,8 @@ class Prostate(VolumeDataset):
         f"  {TABLE}    id, image, mask, and the attributes (t_stage, centre); patient and split are optional\n"
         "  <image>      a NIfTI file, or a folder of one DICOM series of CT, for each row\n"
         "  <mask>       a NIfTI file, or a DICOM RTSTRUCT or SEG; nothing in a row that is for prediction alone\n"
-        f"or, without the table, {IMAGES}/<id>.nii.gz (or a folder <id>) and {MASKS}/<id>.nii.gz (or <id>.dcm)"
+        f"or, without the table, {IMAGES}/<id>.nii.gz (or a folder <id>) and {MASKS}/<id>.nii.gz (or <id>.dcm),\n"
+        "or a folder for each patient with the DICOM files of CT and RTSTRUCT, as planning systems export them"
     )
     source: ClassVar[str] = (
         "The prostate CT of dMoE is private; give your own in this layout. MR of the prostate is Task05 of the Medical "
@@ -110,20 +124,20 @@ class Prostate(VolumeDataset):
 
     def index(self, root: Path) -> Index:
         """List the rows of the table that have a mask, or the pairs; a row whose file is absent is an error."""
-        rows, errors = self._rows(root)
-        index = self._records(root, {where: row for where, row in rows.items() if row["mask"]})
-        without = len(rows) - len(index.records) - len(index.errors)
+        cases = self._cases(root)
+        index = self._records(root, {where: row for where, row in cases.rows.items() if row["mask"]})
+        without = len(cases.rows) - len(index.records) - len(index.errors)
         left_out = {"images without a mask, which are for prediction alone": without} if without else {}
-        return Index(index.records, left_out, [*errors, *index.errors])
+        return Index(index.records, left_out | cases.left_out, [*cases.errors, *index.errors])
 
     def unlabelled(self, root: Path) -> Index:
         """List the rows of the table, or the images, that have no mask."""
-        return self._records(root, {where: row for where, row in self._rows(root)[0].items() if not row["mask"]})
+        return self._records(root, {where: row for where, row in self._cases(root).rows.items() if not row["mask"]})
 
     def read_image(self, record: Record) -> Volume:
         """Read the CT in HU, float32, in RAS order."""
-        file = record.files["image"]
-        volume = read_volume(file)
+        file, series = record.files["image"], getattr(record, "series", None)
+        volume = read_series(file, series=series) if series else read_volume(file)
         if record.synthetic:  # a small block may hold neither air nor fat
             return volume.with_array(volume.array.astype(np.float32))
         return volume.with_array(check_hu(volume.array, file, self.hu_offset).astype(np.float32))
@@ -196,33 +210,32 @@ class Prostate(VolumeDataset):
     def _dicom_mask(self, file: str, image: Volume) -> Volume:
         return read_dicom_mask(file, image, self.classes, self.structures, joined=self.targets is not None)
 
-    def _read_table(self, path: Path) -> list[dict[str, str]]:
-        """The rows, of which everything but the files is checked."""
-        table = read_table(path, ("id", "image", "mask", *self.columns))
-        for column in ("id", "image"):
+    def _read_table(self, path: Path) -> dict[str, dict[str, str]]:
+        """Where each row stands and what it says, of which everything but the files is checked."""
+        table = read_table(path, ("id", *self.columns))
+        files = [name for name in ("image", "mask") if name in table]
+        if len(files) == 1:
+            raise InvalidSampleError(f"{path}", f"the column {files[0]} alone", "image and mask, or neither of them")
+        for column in ("id", *files[:1]):
             blank = table.index[table[column] == ""]
             if len(blank):
                 raise InvalidSampleError(f"{path}[{column}], row {blank[0] + 2}", "nothing", f"an {column} in each row")
         check_ids(table, path)
         for name, groups in {**self.columns, "split": ("train", "test")}.items():
             check_groups(table, name, groups, path)
-        return [{str(name): value for name, value in row.items()} for row in table.to_dict("records")]
+        rows = ({str(name): value for name, value in row.items()} for row in table.to_dict("records"))
+        return {f"{path}, row {number}": row for number, row in enumerate(rows, 2)}
 
-    def _rows(self, root: Path) -> tuple[dict[str, dict[str, str]], list[InvalidSampleError]]:
-        """Where each row of the table stands and what it says, or would say of a pair; errors for what is no pair."""
-        if (root / TABLE).is_file():
-            return {f"{root / TABLE}, row {k + 2}": row for k, row in enumerate(self._read_table(root / TABLE))}, []
-        images, masks = _files(root / IMAGES), _files(root / MASKS)
-        if not images:
-            raise self.not_found(root, f"no {TABLE} and no {IMAGES}" if root.is_dir() else "no such folder")
-        rows, errors = {}, []
-        for name in dict.fromkeys([*images, *masks]):
-            try:
-                row = _pair(name, images.get(name, []), masks.get(name, []))
-                rows[row["image"]] = row
-            except InvalidSampleError as error:
-                errors.append(error)
-        return rows, errors
+    def _cases(self, root: Path) -> Cases:
+        """The rows of the table, or those that it would have for what the folders hold."""
+        rows = self._read_table(root / TABLE) if (root / TABLE).is_file() else {}
+        if any("image" in row for row in rows.values()):
+            return Cases(rows)
+        cases = find_pairs(root) if (root / IMAGES).is_dir() else find_exports(root)
+        if not (cases.rows or cases.errors):
+            found = f"no {TABLE} with images, nothing in {IMAGES}, and no CT in folders of patients"
+            raise self.not_found(root, found if root.is_dir() else "no such folder")
+        return describe(cases, rows)
 
     def _records(self, root: Path, rows: Mapping[str, Mapping[str, str]]) -> Index:
         records, errors = [], []
@@ -241,7 +254,7 @@ class Prostate(VolumeDataset):
         notes = {} if files["image"].is_dir() else read_notes(files["image"])
         said = notes | {name: group for name, group in row.items() if group}
         synthetic = bool(notes.get("synthetic", False))
-        return Record(
+        return CaseRecord(
             id=row["id"],
             files={role: str(file) for role, file in files.items()},
             attributes={name: group_index(spec, said.get(name)) for name, spec in self.attributes.items()},
@@ -249,6 +262,7 @@ class Prostate(VolumeDataset):
             split=None if synthetic else row.get("split") or None,
             synthetic=synthetic,
             source=notes.get("source"),
+            series=row.get("series") or None,
         )
 
 
@@ -315,28 +329,6 @@ def _joined(mask: Volume, targets: Sequence[int], where: str) -> Volume:
 
 def _place(root: Path, folder: str, name: str) -> Path:
     return root / folder / f"{check_id(name, root / folder)}.nii.gz"
-
-
-def _files(folder: Path) -> dict[str, list[Path]]:
-    """Id -> NIfTI files, DICOM files and folders of its name, in order."""
-    found: dict[str, list[Path]] = {}
-    for path in visible_files(folder, "*"):
-        if path.is_dir():
-            found.setdefault(path.name, []).append(path)
-        elif path.name.endswith(NIFTI):
-            found.setdefault(path.name.split(".nii")[0], []).append(path)
-        elif is_dicom(path):
-            found.setdefault(path.stem if path.suffix.lower() in SUFFIXES else path.name, []).append(path)
-    return found
-
-
-def _pair(name: str, images: Sequence[Path], masks: Sequence[Path]) -> dict[str, str]:
-    for files in (images, masks):
-        if len(files) > 1:
-            raise InvalidSampleError(files[0], f"'{files[1].name}' beside it", "one image and one mask of each id")
-    if not images:
-        raise InvalidSampleError(masks[0], f"no {IMAGES} of its name", "both")
-    return {"id": name, "image": str(images[0]), "mask": str(masks[0]) if masks else ""}
 
 
 def _phantom_cases() -> Iterator[tuple[int, str, str]]:

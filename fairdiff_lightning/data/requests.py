@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -16,6 +16,7 @@ from fairdiff_lightning.data.native import NativeDataset, Record
 from fairdiff_lightning.data.sample import UNKNOWN, Sample, collate
 from fairdiff_lightning.data.samplers import SequentialShards
 from fairdiff_lightning.data.seeding import derive_seed, generator
+from fairdiff_lightning.data.textures import Texture, TextureArgument, read_textures, texture_batch
 
 MANIFEST = "manifest.csv"
 """The table of what a run wrote, in the folder of the files."""
@@ -37,12 +38,19 @@ class GenerationPlan:
             of masks wrote; ``own``, that of the background; None for generators that make the masks themselves.
         backgrounds: the scans that lesions are put into: ``train``, the training split's own; ``healthy``, those that
             the data set has without a lesion; a folder of whole scans; None for generators that make the whole image.
+        organs: masks of the organ that lesions are put into, one for each whole scan: a folder of NIfTI files of the
+            scans' names, or a pattern as ``{folder}/{name}_lung.nii.gz`` of the scan's ``folder``, ``name`` and ``id``.
+            None finds the lungs in the scans.
+        textures: each lesion comes once in every one of these, from one seed, so that a sample is asked for as often as
+            there are: names as ``cluster:2``, paths of ``.npy`` files of a histogram, or the numbers of one. Without,
+            the generator chooses.
+        texture_bins: of these histograms, for each lesion class.
         seed: of the plan; each sample's own seed follows from it and the sample's id.
         prefix: first part of the ids.
 
     Raises:
         ValueError: when it is not said how many, or twice, or fewer than one; for ``per_source`` without masks of their
-            own, and for other contradictions.
+            own, for textures that are none, and for other contradictions.
     """
 
     per_group: int | None = None
@@ -51,6 +59,9 @@ class GenerationPlan:
     equal_scale: bool = False
     masks: str | None = None
     backgrounds: str | None = None
+    organs: str | None = None
+    textures: Sequence[TextureArgument] = ()
+    texture_bins: int = 16
     seed: int = 0
     prefix: str = "synthetic"
 
@@ -75,10 +86,24 @@ class GenerationPlan:
             )
         if self.masks == OWN_MASKS and self.backgrounds is None:
             raise ValueError("generate: masks='own' are those of backgrounds; say which `backgrounds`.")
+        if self.organs is not None and self.backgrounds in (None, TRAINING, HEALTHY):
+            raise ValueError(
+                f"generate: organs={self.organs!r} with backgrounds={self.backgrounds!r}: they tell the place in whole "
+                "scans. Give backgrounds a folder of these."
+            )
+        self._check_textures()
         for name in ("per_group", "per_source", "total"):
             count = getattr(self, name)
             if count is not None and count < 1:
                 raise ValueError(f"generate: {name}={count}; ask for 1 sample or more, or give no plan at all.")
+
+    def _check_textures(self) -> None:
+        if read_textures(self.textures, self.texture_bins) and (self.backgrounds is None or self.equal_scale):
+            raise ValueError(
+                f"generate: textures with backgrounds={self.backgrounds!r}, equal_scale={self.equal_scale}: they are "
+                "of lesions that are painted into scans, each once in every texture, which no balance counts. Say "
+                "which `backgrounds`, and how many by per_group or total."
+            )
 
     def counts(self, real: Mapping[str, int], masks: Mapping[str, int]) -> dict[str, int]:
         """Samples to make of each group.
@@ -108,6 +133,7 @@ class Request:
         round: how many earlier requests of its group follow the same mask; where none is followed, how many there are.
         condition: the record whose mask it follows.
         background: the record whose image the lesion is put into.
+        texture: that the lesion is to have; the generator's own choice when None.
     """
 
     id: str
@@ -116,6 +142,7 @@ class Request:
     round: int = 0
     condition: Record | None = None
     background: Record | None = None
+    texture: Texture | None = None
 
     @property
     def source(self) -> str:
@@ -176,7 +203,8 @@ def make_requests(
             key = "" if follow is None else follow.id
             requests.append(Request(sample_id, derive_seed(plan.seed, sample_id), index, met[key], follow, background))
             met[key] += 1
-    return requests
+    textures = read_textures(plan.textures, plan.texture_bins)
+    return [each for request in requests for each in _in_textures(request, textures)]
 
 
 RequestReader = Callable[[Request], Mapping[str, Any]]
@@ -227,7 +255,10 @@ class RequestBatches(Dataset[Sample]):
         return len(self.batches)
 
     def __getitem__(self, index: int) -> Sample:
-        return collate([self._sample(request) for request in self.batches[index]])
+        requests = self.batches[index]
+        batch = collate([self._sample(request) for request in requests])
+        textures = [request.texture for request in requests if request.texture is not None]
+        return cast(Sample, {**batch, "texture": texture_batch(textures)}) if textures else batch
 
     def followed(self, replicas: int, rank: int) -> list[Record]:
         """The distinct records that the requests of one process follow."""
@@ -250,6 +281,12 @@ class RequestBatches(Dataset[Sample]):
             return asked
         followed = {"source": request.source} | ({"condition": request.condition.id} if request.condition else {})
         return cast(Sample, {**asked, **self.read(request), **followed})
+
+
+def _in_textures(request: Request, textures: Sequence[Texture]) -> list[Request]:
+    """A request once for each texture, from one seed: in one place of a whole scan, and from one noise."""
+    asked = [replace(request, id=f"{request.id}_{texture.label}", texture=texture) for texture in textures]
+    return asked or [request]
 
 
 def _of_group(

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from scipy import ndimage, signal
 
+from fairdiff_lightning.data.airways import find_airways
 from fairdiff_lightning.data.blocks import shares_grid
 from fairdiff_lightning.data.errors import InvalidSampleError
 from fairdiff_lightning.data.grid import Native
@@ -71,7 +72,7 @@ def extract_rois(
         size: of the blocks, (H, W, D).
         unit: of ``size``; mm are rounded to whole voxels, nothing is resampled.
         min_voxels: smaller lesions get no block.
-        fill: intensity of padding.
+        fill: intensity of padding; see :func:`~fairdiff_lightning.data.blocks.cut` where the scan cannot hold it.
 
     Returns:
         Largest lesion first.
@@ -150,6 +151,8 @@ def paste_roi(scan: Volume, roi: Volume, lesion: Array) -> Volume:
 def lung_mask(scan: Volume, threshold: float = -400.0, closing: float = 8.0) -> Volume:
     """Find the lungs in a CT of the chest: dark, not the air around the body, large, closed over vessels and nodules.
 
+    The trachea and the main bronchi, see :func:`~fairdiff_lightning.data.airways.find_airways`, are left out.
+
     Args:
         scan: HU, in RAS order, with the lungs whole or cut by the field of view.
         threshold: HU below which tissue is lung or air.
@@ -161,7 +164,8 @@ def lung_mask(scan: Volume, threshold: float = -400.0, closing: float = 8.0) -> 
     Raises:
         InvalidSampleError: for values that are no HU, or a scan without lungs.
     """
-    labels, count = ndimage.label(check_hu(scan.array, "scan") < threshold)
+    airways = find_airways(scan.with_array(check_hu(scan.array, "scan")), threshold)
+    labels, count = ndimage.label((scan.array < threshold) & ~airways)
     sizes = np.bincount(labels.ravel(), minlength=count + 1) * np.prod(scan.spacing)
     large = [k for k in np.argsort(-sizes[1:], kind="stable") + 1 if sizes[k] > SMALLEST_LUNG]
     inside = [k for k in large if not _is_outside_air(scan.array, labels == k)]
@@ -172,7 +176,7 @@ def lung_mask(scan: Volume, threshold: float = -400.0, closing: float = 8.0) -> 
         )
     lungs = _close(np.isin(labels, largest), closing, scan.spacing)
     filled = np.stack([ndimage.binary_fill_holes(lungs[..., k]) for k in range(lungs.shape[2])], -1)
-    return replace(scan, array=filled.astype(np.uint8), native=None)
+    return replace(scan, array=(filled & ~airways).astype(np.uint8), native=None)
 
 
 def candidate_places(
@@ -204,10 +208,8 @@ def candidate_places(
     if not shape.any():
         raise InvalidSampleError("lesion", "an empty mask", "a lesion to place")
     first, tight = _trim(shape)
-    corner, inside = _trim(organ.array != 0) if organ.array.any() else (np.zeros(3, np.int64), organ.array != 0)
-    if margin > 0:
-        deep = ndimage.distance_transform_edt(np.pad(inside, 1), sampling=organ.spacing) > margin
-        inside = deep[1:-1, 1:-1, 1:-1]
+    room = deep_inside(organ, margin).array
+    corner, inside = _trim(room != 0) if room.any() else (np.zeros(3, np.int64), room != 0)
     starts = _starts_inside(inside, tight) + corner
     free = np.random.default_rng(seed).permutation(starts)
     chosen: list[NDArray[np.int64]] = []
@@ -222,6 +224,16 @@ def candidate_places(
             f"{count}; ask for fewer, a smaller lesion, margin or distance",
         )
     return np.array(chosen, np.int64).reshape(-1, 3) - first
+
+
+def deep_inside(organ: Volume, margin: float) -> Volume:
+    """The voxels of an organ that lie further than ``margin`` mm from its border, uint8 {0, 1}."""
+    deep = (organ.array != 0).astype(np.uint8)
+    if margin > 0 and deep.any():
+        (box,) = ndimage.find_objects(deep)
+        away = ndimage.distance_transform_edt(np.pad(deep[box], 1), sampling=organ.spacing)
+        deep[box] = away[1:-1, 1:-1, 1:-1] > margin
+    return organ.with_array(deep)
 
 
 def _voxels_in(lesion: Volume, scan: Volume) -> NDArray[np.float64]:

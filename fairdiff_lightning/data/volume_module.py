@@ -24,10 +24,11 @@ from fairdiff_lightning.data.frames import VolumeFrame
 from fairdiff_lightning.data.native import Record
 from fairdiff_lightning.data.native_module import NativeDataModule
 from fairdiff_lightning.data.patches import PatchSampler
-from fairdiff_lightning.data.requests import HEALTHY, TRAINING, RequestReader
+from fairdiff_lightning.data.requests import HEALTHY, TRAINING, Request, RequestReader
 from fairdiff_lightning.data.sample import Sample
 from fairdiff_lightning.data.samplers import SequentialShards
-from fairdiff_lightning.data.scans import LesionReader, list_scans
+from fairdiff_lightning.data.scan_list import SCAN, list_scans, named_cases
+from fairdiff_lightning.data.scans import LesionReader
 from fairdiff_lightning.data.volume_dataset import VolumeDataset
 
 Sides = tuple[int, int, int]
@@ -171,8 +172,8 @@ class VolumeDataModule(NativeDataModule):
             return None
         if wanted == TRAINING:
             return self._real
-        found = self.dataset.backgrounds(self.folder) if wanted == HEALTHY else list_scans(Path(wanted))
-        free = [scan for scan in found if self.dataset.case_key(scan.id) not in self._held_out]
+        found = self.dataset.backgrounds(self.folder) if wanted == HEALTHY else self.scans(Path(wanted))
+        free = [scan for scan in found if self.dataset.case_key(scan.source or scan.id) not in self._held_out]
         if len(free) < len(found):
             rank_zero_info(f"{len(found) - len(free)} healthy scans are of validation or test cases and are left out.")
         if not free:
@@ -181,6 +182,25 @@ class VolumeDataModule(NativeDataModule):
                 "is not held out. Give backgrounds='train', or a folder of scans."
             )
         return free
+
+    def requests(self) -> list[Request]:
+        """What ``generate`` asks for, all of it; scan after scan where these are whole ones, so that each is read once.
+
+        Raises:
+            ValueError: for textures with groups that are textures themselves; see also the base class.
+        """
+        asked = super().requests()
+        self._refuse_two_textures()
+        places: dict[str, int] = {}
+        for request in asked:
+            places.setdefault(_scan_of(request), len(places))
+        return sorted(asked, key=lambda request: places[_scan_of(request)])
+
+    @property
+    def reading(self) -> dict[str, str]:
+        """How files become samples, and which masks tell the place of a lesion."""
+        organs = self.generate.organs if self.generate is not None else None
+        return super().reading | ({} if organs is None else {"organs": organs})
 
     def request_reader(self) -> RequestReader:
         """Reads masks, and the scans that lesions are put into."""
@@ -210,6 +230,24 @@ class VolumeDataModule(NativeDataModule):
         affine = np.asarray(sample["affine"], np.float64) if "affine" in sample else None
         return self.dataset.write_mask(Path(directory), sample["id"], mask, affine)
 
+    def scans(self, path: Path) -> list[Record]:
+        """Whole scans; one that its path or header tells to be of a case of this data set has it as its source."""
+        scans = list_scans(path, None if self.generate is None else self.generate.organs)
+        key_of = self.dataset.case_key
+        cases = {key_of(record.id) for record in self.dataset.index(self.folder).records if not record.synthetic}
+        named = named_cases(scans, cases)
+        unknown = [key_of(scan.id) not in cases for scan in scans]
+        found = zip(scans, named, unknown, strict=True)
+        return [replace(scan, source=case) if case and other else scan for scan, case, other in found]
+
+    def _refuse_two_textures(self) -> None:
+        plan, first = self.generate, next(iter(self.attribute_groups), None)
+        if plan is not None and plan.textures and first in self.dataset.lesion_attributes:
+            raise ValueError(
+                f"generate: textures={list(plan.textures)} for groups of '{first}', which the samples get as a label: "
+                "two say what a lesion looks like. Ask for no groups (--data.attributes=[]), or for no textures."
+            )
+
     def _predicts_new_cases(self) -> bool:
         return self.generate is None and self.predict_on == "new" and bool(self.new_cases)
 
@@ -236,6 +274,11 @@ def _check_positive(name: str, values: Sequence[float] | None, whole: bool = Fal
     if len(values) != 3 or not fits:
         unit = "numbers of voxels" if whole else "sizes of a voxel, mm,"
         raise ValueError(f"{name}={tuple(values)}; expected are three {unit} above 0, or None.")
+
+
+def _scan_of(request: Request) -> str:
+    """The file of the whole scan that a lesion goes into; empty for all others."""
+    return "" if request.background is None else request.background.files.get(SCAN, "")
 
 
 def _sides(size: Sequence[int] | None) -> Sides | None:

@@ -75,15 +75,12 @@ class Window:
     high: float = 400.0
 
     def to_unit(self, values: Array) -> NDArray[np.float32]:
-        """Clip to the window and scale to [0, 1]."""
-        clipped = np.clip(values, self.low, self.high, dtype=np.float64)
-        scaled: NDArray[np.float32] = ((clipped - self.low) / (self.high - self.low)).astype(np.float32)
-        return scaled
+        """Scale to [0, 1] and clip."""
+        return _scaled(values, (self.low, self.high), (0.0, 1.0))
 
     def from_unit(self, scaled: Array) -> NDArray[np.float32]:
         """Intensities of [0, 1]; what :meth:`to_unit` clipped does not come back."""
-        values = np.clip(scaled, 0, 1, dtype=np.float64) * (self.high - self.low) + self.low
-        return values.astype(np.float32)  # type: ignore[no-any-return]
+        return _scaled(scaled, (0.0, 1.0), (self.low, self.high))
 
 
 def read_volume(path: str | Path, axes: Sequence[str] | None = RAS) -> Volume:
@@ -244,6 +241,13 @@ def check_hu(values: Array, where: str | Path, offset: float | None = None) -> A
     if low >= -1.01 and high <= 1.01:
         raise InvalidSampleError(where, found, "HU; values scaled to [-1, 1] have to be turned back first")
     return values
+
+
+def _scaled(values: Array, old: tuple[float, float], new: tuple[float, float]) -> NDArray[np.float32]:
+    """Values of one range in another, limited to it."""
+    from monai.transforms import ScaleIntensityRange
+
+    return np.asarray(ScaleIntensityRange(*old, *new, clip=True)(values.astype(np.float32)))
 
 
 def _native_to_nifti(volume: Volume) -> Native:

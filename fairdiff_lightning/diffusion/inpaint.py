@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from fairdiff_lightning.diffusion.lesion_box import Box, group_by_shape, lesion_boxes
+from fairdiff_lightning.diffusion.lesion_box import Box, group_by_shape, lesion_boxes, per_axis
 from fairdiff_lightning.diffusion.levels import Noise, NoiseLevels, noise_levels
 from fairdiff_lightning.diffusion.noise import gaussian, generators
 from fairdiff_lightning.diffusion.visits import check_jumps, check_visits, visit_list
@@ -76,7 +76,8 @@ def inpaint(
         clip: estimates of the clean volume are cut to [-clip, clip]; None for no cut.
         roi: ``lesion`` shows the network each lesion's bounding box with context, not the volume. It costs less; what
             is outside of the box is the background in any case.
-        context: voxels around the lesion, for all axes or each, where ``roi="lesion"``.
+        context: voxels around the lesion, for all axes or each, where ``roi="lesion"``; where they reach the borders
+            of the volume, the result is that of ``roi="volume"``.
         stride: what the sides of these boxes are multiples of, for all axes or each: how far the network halves them.
         max_visits: longest list of visits that is accepted.
         noise: source of noise, called with a tensor like what it returns, instead of ``seeds``. The order of its calls:
@@ -88,7 +89,7 @@ def inpaint(
 
     Raises:
         ValueError: for an empty mask, shapes that do not fit, jumps without effect, too many visits, a scheduler that
-            cannot, or an unknown option.
+            cannot, a context below 0, or an unknown option.
     """
     for name, value, known in (("compose", compose, Compose), ("roi", roi, Region)):
         if value not in get_args(known):
@@ -97,6 +98,7 @@ def inpaint(
         raise ValueError("seeds and noise are both given; expected is one source of noise.")
     visits = _visits(visit_list, num_steps, jump_length, jump_n_sample, max_visits)
     lesion = _lesion(background, mask)
+    per_axis(context, background.dim() - 2, "context")
     _check_lengths(background, condition, seeds, start)
 
     def run(samples: list[int], boxes: Sequence[Box]) -> Tensor:

@@ -24,7 +24,7 @@ def lesion_boxes(lesion: Tensor, context: int | Sequence[int], stride: int | Seq
         One slice for each spatial axis, for each sample.
     """
     sizes = lesion.shape[1:]
-    contexts, strides = (_each(value, len(sizes), name) for value, name in ((context, "context"), (stride, "stride")))
+    contexts, strides = per_axis(context, len(sizes), "context"), per_axis(stride, len(sizes), "stride")
     axes = []
     for axis, (size, margin, step) in enumerate(zip(sizes, contexts, strides, strict=True)):
         others = [other + 1 for other in range(len(sizes)) if other != axis]
@@ -44,9 +44,21 @@ def group_by_shape(boxes: Sequence[Box]) -> list[list[int]]:
     return list(groups.values())
 
 
-def _each(value: int | Sequence[int], count: int, name: str) -> tuple[int, ...]:
-    values = (value,) * count if isinstance(value, int) else tuple(value)
+def per_axis(value: int | Sequence[int], count: int, name: str) -> tuple[int, ...]:
+    """One whole number of voxels for each axis.
+
+    Args:
+        value: for all axes or each.
+        count: of axes.
+        name: ``context``, from 0 on, or ``stride``, from 1 on.
+
+    Raises:
+        ValueError: for another number of them, or one that is no whole number or too small.
+    """
+    values = tuple(value) if isinstance(value, Sequence) else (value,) * count
     least = 1 if name == "stride" else 0
-    if len(values) != count or min(values) < least:
-        raise ValueError(f"{name}={value}; expected is one number of at least {least}, or {count}, one for each axis.")
+    if len(values) != count or any(not isinstance(v, int) or v < least for v in values):
+        raise ValueError(
+            f"{name}={value}; expected is one whole number of at least {least}, or {count}, one for each axis."
+        )
     return values

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -9,6 +10,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
@@ -70,8 +72,8 @@ class ControlNetSynth(PartlyTrained, GenerativeModule):
             ``edge`` map of the batch.
         prompt: text for all, with ``{group}`` where the group's name goes, "Prostate, MRI" for example; None needs each
             sample's own. A sample's own ``prompt`` is read instead wherever there is one.
-        learned_prompts: own texts of samples that a base without a text encoder learns an embedding of each; those that
-            the data module tells of (``prompts``) when None. Such a base knows no others.
+        learned_prompts: texts of samples that a base without a text encoder learns an embedding of each, beside
+            those that the data module tells of (``prompts``). Such a base knows no others.
         negative_prompt: what guidance leads away from.
         prompt_mixture: weights of the texts whose embeddings, summed, samples are drawn with, or a preset, see
             :class:`PromptMixture`; None takes the prompt alone.
@@ -182,7 +184,7 @@ class ControlNetSynth(PartlyTrained, GenerativeModule):
         learned = (parts.texts, parts.learned)
         self.prompts = Prompts(prompt, count, parts.prompts, width, negative_prompt, mixture, *learned)
         if learned_prompts is not None:
-            self.prompts.learn(learned_prompts)
+            self._learn_prompts(learned_prompts)
         self.prompts.names = group_names
         if parts.learned is None:
             self.prompts.check_guidance(guidance_scale, self.text_dropout)
@@ -217,9 +219,8 @@ class ControlNetSynth(PartlyTrained, GenerativeModule):
             check_requests(data, self.attribute)
         if h["group_names"] is None and self._named_groups and hasattr(data, "attribute_groups"):
             h["group_names"] = self.prompts.names = list(data.attribute_groups[self.attribute])
-        if stage == "fit" and self.prompts.encoder is None and h["learned_prompts"] is None:
-            self.prompts.learn([*self.prompts.learned_texts, *getattr(data, "prompts", ())])
-            h["learned_prompts"] = self.prompts.learned_texts
+        if stage == "fit" and self.prompts.encoder is None:
+            self._learn_prompts([*self.prompts.learned_texts, *getattr(data, "prompts", ())])
         if stage in ("fit", "validate") and h["adherence"] is not None and self._judge is None:
             self._judge = MaskJudge(h["adherence"], h["num_classes"], h["in_channels"])
         if h["compile"]:
@@ -229,7 +230,7 @@ class ControlNetSynth(PartlyTrained, GenerativeModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Have an embedding for each text that the checkpoint has one for."""
         if self.prompts.learned is not None:
-            self.prompts.learn(checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY].get("learned_prompts") or [])
+            self._learn_prompts(checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY].get("learned_prompts") or [])
         super().on_load_checkpoint(checkpoint)
 
     def forward(self, noisy: Tensor, steps: Tensor, prompts: Tensor, condition: Tensor) -> Tensor:
@@ -283,6 +284,8 @@ class ControlNetSynth(PartlyTrained, GenerativeModule):
         mixture, shared = self.prompts.mixture, self.shared_noises
         rounds = rounds_of(requests, needed=bool(shared or (mixture and mixture.counts_rounds)))
         seeds = requests["seed"] if shared is None else rounds % shared
+        if self.prompts.learned is not None:
+            self._check_trained(requests)
         images = self.sample(self.condition(requests), self._prompts_of(requests, rounds), seeds)
         made = {"image": images}
         return made | ({"mask": resize_labels(requests["mask"], self.image_size)} if "mask" in requests else {})
@@ -373,17 +376,38 @@ class ControlNetSynth(PartlyTrained, GenerativeModule):
         """
         save_pipeline(Path(folder), self.to_pipeline(), self.prompts, self.training_cases)
 
+    def _learn_prompts(self, texts: Sequence[str]) -> None:
+        """Have an embedding for each text, in this order, which goes into checkpoints beside them."""
+        self.prompts.learn(texts)
+        self.hparams["learned_prompts"] = self.prompts.learned_texts
+
     def _prompts_of(self, batch: Sample, rounds: Tensor | None = None) -> Tensor:
         """Embeddings (B, L, D) of the samples' prompts; with rounds (B,), in sampling, of what the mixture makes."""
         rounds = rounds if self.prompts.mixture is not None else None
-        if self.prompts.reads_texts and "prompt" in batch:
-            return self.prompts.encode(list(batch["prompt"]), self.device, rounds)
-        unnamed = torch.zeros(len(batch["id"]), dtype=torch.int64, device=self.device)
-        group = group_of(batch, str(self.attribute)) if self._named_groups else unnamed
+        own = self._own_prompts(batch)
+        if not isinstance(own, Tensor):
+            return self.prompts.encode(own, self.device, rounds)
         if rounds is not None:
-            return self.prompts.encode(self.prompts.texts(group), self.device, rounds)
-        prompts: Tensor = self.prompts(group)
+            return self.prompts.encode(self.prompts.texts(own), self.device, rounds)
+        prompts: Tensor = self.prompts(own)
         return prompts
+
+    def _own_prompts(self, batch: Sample) -> list[str] | Tensor:
+        """The texts that samples bring, where these are read, or their groups (B,), which tell the prompt."""
+        if self.prompts.reads_texts and "prompt" in batch:
+            return list(batch["prompt"])
+        if self._named_groups:
+            return group_of(batch, str(self.attribute))
+        return torch.zeros(len(batch["id"]), dtype=torch.int64, device=self.device)
+
+    def _check_trained(self, requests: Sample) -> None:
+        """Refuse prompts that nothing was learned for; while training goes on, a warning tells of them."""
+        try:
+            self.prompts.check_trained(self.prompts.rows(self._own_prompts(requests)))
+        except ValueError as error:
+            if self._trainer is None or self.trainer.state.fn != TrainerFn.FITTING:
+                raise
+            rank_zero_warn(f"validation samples: {error}")
 
     def _freeze(self, trained: str) -> None:
         if trained == "all":

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from typing import Any, Literal, cast
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from fairdiff_lightning.data.sample import Sample
@@ -17,20 +19,21 @@ from fairdiff_lightning.diffusion import (
     class_masks,
     gaussian,
     generators,
-    inpaint,
     lesion_histogram,
-    merge_classes,
     timesteps,
     training_target,
 )
+from fairdiff_lightning.diffusion.class_painting import paint_classes
 from fairdiff_lightning.diffusion.guidance import guide
 from fairdiff_lightning.diffusion.inpaint import Compose, Region
+from fairdiff_lightning.diffusion.lesion_box import per_axis
 from fairdiff_lightning.diffusion.lesion_histogram import check_histograms
 from fairdiff_lightning.losses.lesion import Norm, Normalise, lesion_noise_loss
 from fairdiff_lightning.modules.data_facts import check_data, chosen_attribute, group_of
 from fairdiff_lightning.modules.lesion_diffusion import LesionDiffusion
 from fairdiff_lightning.modules.training_pass import over_training
-from fairdiff_lightning.networks.lesion_backbones import Backbone, build_lesion_network
+from fairdiff_lightning.networks.class_networks import Decomposition, build_class_networks, networks_of
+from fairdiff_lightning.networks.lesion_backbones import Backbone
 from fairdiff_lightning.networks.lesion_unet import Conditioning
 from fairdiff_lightning.networks.texture_bank import TextureBank
 
@@ -53,6 +56,9 @@ REFERENCE: dict[str, Any] = {
 }
 """What the authors' code does."""
 
+CHAIN = ("num_steps", "jump_length", "jump_n_sample", "compose", "final_composite", "eta", "roi", "context")
+"""Settings that the sampler is called with."""
+
 
 class LeFusionInpaint(LesionDiffusion):
     """Lesion synthesis inside of masks: a diffusion that learns lesion voxels alone and is given the scan around them.
@@ -65,7 +71,10 @@ class LeFusionInpaint(LesionDiffusion):
         in_channels: channels of the image; LeFusion knows one.
         num_classes: classes of the mask, the background included.
         lesion_classes: classes that are synthesised, each in a channel of its own; all but the background when None.
-            Train one module for each class for separate models, and paint one after the other.
+        decomposition: ``joint``, one network for all of them (LeFusion-J), or ``separate``, a network for each
+            (LeFusion-S), which paint in the order of ``lesion_classes``, each around what the earlier ones painted.
+            Modules of one lesion class each, trained apart, do the same where the next one is given the ``image`` that
+            the last one returned; from the healthy scan, it would know nothing of the lesion that it touches.
         width: channels of the network at full resolution: 64 for LIDC, 72 for Emidec.
         multipliers: of the width at each level.
         backbone: ``lesion_unet``, LeFusion's own, or ``diffusion_unet``, MONAI's, which halves the depth too.
@@ -74,7 +83,7 @@ class LeFusionInpaint(LesionDiffusion):
         bins: of each class's histogram.
         condition_dropout: share of training samples without their histogram, which guidance needs.
         guidance_scale: of classifier-free guidance towards the histogram; 1 is none, and half the work.
-        textures: prototypes that are made of the training lesions' histograms, see
+        textures: prototypes that are made of the real training lesions' histograms, see
             :class:`~fairdiff_lightning.networks.texture_bank.TextureBank`.
         texture: of requests that bring none, see :meth:`TextureBank.draw`; ``group`` is that of the request's group.
         num_groups: attribute -> number of its groups; the CLI takes it from the data.
@@ -87,6 +96,7 @@ class LeFusionInpaint(LesionDiffusion):
         compose: when the scan is put around the lesion, see :func:`~fairdiff_lightning.diffusion.inpaint.inpaint`.
         final_composite: leave the voxels outside of the lesion exactly as they were.
         roi: ``lesion`` shows the network the lesion with some context instead of the volume.
+        context: voxels around the lesion that ``roi="lesion"`` shows at least, for all axes or each.
         eta: noise that DDIM adds on its way, 1 being as much as DDPM; None is 1 for DDIM and 0 for the others.
         scheduler: diffusers' scheduler of the training noise.
         scheduler_args: its arguments; without any of the noise, it is the cosine schedule of 300 steps.
@@ -124,7 +134,8 @@ class LeFusionInpaint(LesionDiffusion):
         ==================  ============================  ============================  ==========================
 
     Raises:
-        ValueError: for sides that the network cannot halve, an unknown scheduler, or other channels than one.
+        ValueError: for sides that the network cannot halve, an unknown scheduler or decomposition, a context below 0,
+            or other channels than one.
     """
 
     reference = REFERENCE
@@ -136,6 +147,7 @@ class LeFusionInpaint(LesionDiffusion):
         in_channels: int = 1,
         num_classes: int = 2,
         lesion_classes: tuple[int, ...] | None = None,
+        decomposition: Decomposition = "joint",
         width: int = 64,
         multipliers: tuple[int, ...] = (1, 2, 4, 8),
         backbone: Backbone = "lesion_unet",
@@ -156,6 +168,7 @@ class LeFusionInpaint(LesionDiffusion):
         compose: Compose = "before",
         final_composite: bool = True,
         roi: Region = "volume",
+        context: int | tuple[int, int, int] = 8,
         eta: float | None = None,
         scheduler: str = "DDPMScheduler",
         scheduler_args: dict[str, Any] | None = None,
@@ -176,15 +189,15 @@ class LeFusionInpaint(LesionDiffusion):
                 f"in_channels {in_channels}; expected is 1, a grey scan, which has a channel for each class inside."
             )
         self.attribute = chosen_attribute(attribute, dict(num_groups or {}), needed=texture == "group")
+        per_axis(context, 3, "context")
         self.adopt(range(1, num_classes))
-        dim = len(self.classes) * bins
-        self.network = build_lesion_network(
+        self.network = build_class_networks(
+            decomposition,
             backbone,
-            len(self.classes),
             len(self.classes),
             width=width,
             multipliers=multipliers,
-            cond_dim=None if conditioning is None else dim,
+            bins=None if conditioning is None else bins,
             conditioning=conditioning or "film",
             checkpointing=gradient_checkpointing,
             arguments=network_args,
@@ -206,11 +219,18 @@ class LeFusionInpaint(LesionDiffusion):
                 f"{self.hparams['texture']!r} draws any. Set texture='group' (--model.texture=group), or ask for no "
                 "groups (--data.attributes=[])."
             )
+        textures = getattr(getattr(data, "generate", None), "textures", None)
+        if textures and self.hparams["conditioning"] is None:
+            raise ValueError(
+                f"generate: textures={list(textures)} for a model with conditioning=None, which knows of none: every "
+                "lesion would come out once for each, alike. Leave them out, or train with conditioning='film'."
+            )
         if self.hparams["compile"]:
-            self.network.compile()
+            for network in networks_of(self.network):
+                network.compile()
 
     def on_fit_start(self) -> None:
-        """Measure the training lesions' histograms, once."""
+        """Measure the histograms of the real lesions among the training samples, once."""
         if self.hparams["conditioning"] is not None and not len(self.bank.histograms):
             found, groups = over_training(self, lambda batch: (self.histograms(batch), self._groups(batch)))
             self.bank.measure(found[found.any(1)], groups[found.any(1)])
@@ -241,7 +261,7 @@ class LeFusionInpaint(LesionDiffusion):
 
         Args:
             requests: ``seed`` (B,), the scan ``image`` (B, 1, H, W, D), the ``mask`` of the lesions to come and, unless
-                the module's ``texture`` will do, ``texture`` (B, K * bins).
+                the module's ``texture`` will do, ``texture``: (B, K * bins), or a list of such rows and of names.
 
         Raises:
             ValueError: for textures that are no histograms, naming the sample.
@@ -258,22 +278,21 @@ class LeFusionInpaint(LesionDiffusion):
     @torch.no_grad()
     def paint(self, image: Tensor, mask: Tensor, condition: Tensor | None, seed: Tensor) -> Tensor:
         """Scans (B, 1, H, W, D) in [0, 1] with lesions in the masks (B, 1, H, W, D), of histograms (B, K * bins)."""
-        s, scan = self.settings, image * 2 - 1
-        masks = class_masks(mask, self.classes)
-        painted = inpaint(
-            self._predict,
-            background=self._volumes(image),
-            mask=masks.any(1, keepdim=True),
+        s, masks = self.settings, class_masks(mask, self.classes)
+        networks = networks_of(self.network)
+        later = ([derive_seed("network", k, one) for one in seed.tolist()] for k in range(1, len(networks)))
+        painted = paint_classes(
+            [partial(self._predict, network) for network in networks],
+            image * 2 - 1,
+            masks,
+            condition,
+            [seed, *map(torch.tensor, later)],
             scheduler=self.make_sampler(),
-            condition=condition,
-            seeds=seed,
             stride=self.network.strides,
-            **{name: s[name] for name in ("num_steps", "jump_length", "jump_n_sample", "compose", "eta", "roi")},
-            final_composite=s["final_composite"],
+            **{name: s[name] for name in CHAIN},
         )
-        around = scan if s["final_composite"] else painted[:, :1]
-        merged = merge_classes(painted, masks, around)
-        return torch.where(masks.any(1, keepdim=True) | (not s["final_composite"]), merged / 2 + 0.5, image).clamp(0, 1)
+        inside = masks.any(1, keepdim=True) | (not s["final_composite"])
+        return torch.where(inside, painted / 2 + 0.5, image).clamp(0, 1)
 
     def validation_step(self, batch: Sample, batch_idx: int) -> dict[str, Any]:
         """Losses, and the first held-out lesions painted anew with their own mask and texture."""
@@ -291,31 +310,41 @@ class LeFusionInpaint(LesionDiffusion):
             cast(MeanMetric, self.metrics["histogram_distance"]).update(distance)
         return output
 
-    def _predict(self, noisy: Tensor, step: Tensor, condition: Tensor | None) -> Tensor:
-        """The network as the sampler calls it, guided towards the histogram."""
+    def _predict(self, network: nn.Module, noisy: Tensor, step: Tensor, condition: Tensor | None) -> Tensor:
+        """A network as the sampler calls it, guided towards the histogram."""
         scale = self.settings["guidance_scale"]
         if scale == 1 or condition is None:
-            alone: Tensor = self.network(noisy, step, condition).float()
+            alone: Tensor = network(noisy, step, condition).float()
             return alone
         dropped = torch.arange(2, device=noisy.device).repeat_interleave(len(noisy)) == 0
-        both = self.network(torch.cat([noisy] * 2), step, torch.cat([condition] * 2), dropped)
+        both = network(torch.cat([noisy] * 2), step, torch.cat([condition] * 2), dropped)
         return guide(both.float(), scale)
 
     def _mislabels(self) -> bool:
         return self.hparams["conditioning"] is not None and self.hparams["texture"] != "group"
 
     def _asked(self, given: dict[str, Any], some: Tensor, present: Tensor) -> Tensor | None:
-        """Histograms for the samples that are painted: those given, or drawn ones."""
+        """Histograms of the samples that are painted: those given, by numbers or names, or the module's choice."""
         if self.hparams["conditioning"] is None:
             return None
-        if given.get("texture") is not None:
-            textures = cast(Tensor, given["texture"]).to(some.device)
-            check_histograms(textures, present, self.hparams["bins"], given["id"])
-            return textures[some]
-        seeds = [derive_seed("texture", seed) for seed in given["seed"].cpu()[some.cpu()].tolist()]
-        groups = self._groups(cast(Sample, given)).cpu()[some.cpu()]
-        drawn = self.bank.draw(self.hparams["texture"], generators(torch.tensor(seeds)), groups, present[some])
-        return drawn.to(given["image"].device)
+        asked = given.get("texture")
+        if not isinstance(asked, Tensor):
+            asked = self._drawn(asked or [self.hparams["texture"]] * len(present), given, some, present)
+        textures = asked.to(present.device)[some]
+        check_histograms(textures, present[some], self.hparams["bins"], [given["id"][k] for k in some.tolist()])
+        return textures.to(given["image"].device)
+
+    def _drawn(self, asked: Sequence[str | Tensor], given: dict[str, Any], some: Tensor, present: Tensor) -> Tensor:
+        """Histograms (B, K * bins) of names, each drawn from its sample's own seed, and of numbers; else zeros."""
+        seeds, groups = given["seed"].tolist(), self._groups(cast(Sample, given)).cpu()
+        rows = torch.zeros(len(present), present.shape[1] * self.hparams["bins"])
+        for k in some.tolist():
+            one = asked[k]
+            if isinstance(one, str):
+                random = generators(torch.tensor([derive_seed("texture", seeds[k])]))
+                one = self.bank.draw(one, random, groups[k : k + 1], present[k : k + 1])[0]
+            rows[k] = one
+        return rows
 
     def _warn_of_empty(self, requests: Sample, some: Tensor) -> None:
         empty = sorted(set(range(len(requests["id"]))) - set(some.tolist()))

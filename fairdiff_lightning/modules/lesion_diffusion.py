@@ -16,6 +16,7 @@ from fairdiff_lightning.diffusion.cosine import cosine_arguments
 from fairdiff_lightning.diffusion.inpaint import check_chain
 from fairdiff_lightning.modules.generative import GenerativeModule
 from fairdiff_lightning.networks.checkpoint import LoadReport, Source
+from fairdiff_lightning.networks.class_networks import ClassNetworks
 from fairdiff_lightning.networks.lesion_backbones import VolumeUNet
 from fairdiff_lightning.networks.lesion_unet import LesionUNet
 from fairdiff_lightning.networks.lesion_weights import Weights
@@ -39,7 +40,7 @@ class LesionDiffusion(GenerativeModule, ABC):
     measures: ClassVar[tuple[str, ...]]
     """Means over the samples that validation generates, logged as ``val/...``."""
 
-    network: LesionUNet | VolumeUNet
+    network: LesionUNet | VolumeUNet | ClassNetworks
 
     def __init__(
         self,

@@ -184,7 +184,7 @@ class LesionMaskDiffusion(LesionDiffusion):
             self.network.compile()
 
     def on_fit_start(self) -> None:
-        """Measure the training lesions' spheres, once."""
+        """Measure the spheres of the real lesions among the training samples, once."""
         if not len(self.bank.radii):
             (spheres,) = over_training(self, lambda batch: (self.spheres(batch["mask"]),))
             self.bank.measure(spheres)

@@ -200,7 +200,7 @@ class PairedGuidedDiffusion(GenerativeModule):
             if gradient_checkpointing:
                 network.unet.enable_gradient_checkpointing()
             if channels_last:
-                network.unet.to(memory_format=torch.channels_last)
+                network.use_channels_last()
         count = self.noise.config.num_train_timesteps
         self.trained: tuple[str, ...] = {"joint": ("guider", "target")}.get(stage, (stage,))
         if variant == "two_channel":

@@ -14,15 +14,22 @@ from fairdiff_lightning.data.sample import Sample
 
 
 def over_training(module: LightningModule, measure: Callable[[Sample], Sequence[Tensor]]) -> list[Tensor]:
-    """Measure every training batch of every process, and join what is found.
+    """Measure every training batch of every process, and join what is found on real samples.
 
     Args:
         module: attached to a trainer that is about to fit.
-        measure: gives tensors with a row for each sample of a batch.
+        measure: gives tensors with a row for each sample of a batch; those of samples that a generator made are left
+            out, so that nothing is learned from a generator about what real cases look like.
     """
     module.trainer.fit_loop.setup_data()
     loader = cast(Iterable[Sample], module.trainer.train_dataloader)
-    found = [torch.cat(part).to(module.device) for part in zip(*map(measure, loader), strict=True)]
+    batches = ([rows[_is_real(batch)] for rows in measure(batch)] for batch in loader)
+    found = [torch.cat(rows).to(module.device) for rows in zip(*batches, strict=True)]
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return [torch.cat(gather_all_tensors(part)) for part in found]
     return found
+
+
+def _is_real(batch: Sample) -> Tensor:
+    """Which samples (B,) no generator made; all of them where the batch does not tell."""
+    return ~batch.get("synthetic", torch.zeros(len(batch["id"]), dtype=torch.bool))

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
 
 from fairdiff_lightning.networks.checkpoint import LoadReport, Source, load_strictly
+from fairdiff_lightning.networks.group_norm import replace_group_norms
 
 WIDTHS = (32, 32, 64, 64, 128, 128)
 """Channels of each level in PIG's code; all but the last halve the side."""
@@ -74,6 +75,24 @@ class GuidedUNet(nn.Module):
         )
         rows = {name: nn.Embedding(count + 1, 4 * widths[0]) for name, count in (num_groups or {}).items()}
         self.groups = nn.ModuleDict(rows)
+        self._in_format: list[nn.Module] = []
+
+    def use_channels_last(self) -> None:
+        """Keep weights and activations in channels-last order, also where diffusers leaves it while training."""
+        from diffusers.models.resnet import ResnetBlock2D
+
+        self.unet.to(memory_format=torch.channels_last)
+        replace_group_norms(self.unet)
+        blocks = [m for m in self.unet.modules() if isinstance(m, ResnetBlock2D)]
+        self._in_format = [block for block in blocks if block.conv_shortcut is not None]
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Self:
+        """Switch to training; blocks with a shortcut are told nothing of it: they would copy to another order."""
+        super().train(mode)
+        for block in self._in_format:
+            block.training = False
+        return self
 
     def forward(
         self, noisy: Tensor, guide: Tensor, steps: Tensor, groups: Mapping[str, Tensor] | None = None

@@ -51,6 +51,7 @@ class HED(nn.Module):
         self.scores = nn.ModuleList(nn.Conv2d(width, 1, 1) for width in WIDTHS[1:])
         self.fuse = nn.Conv2d(len(DEPTHS), 1, 1)
         self.register_buffer("mean", torch.tensor(MEAN_RGB).view(1, 3, 1, 1))
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # convolutions pass it on
         if weights is not None:
             self.load_reference_weights(weights)
 
@@ -61,13 +62,11 @@ class HED(nn.Module):
             ValueError: for images of another shape, or smaller than 16 pixels.
         """
         _check_shape(images)
-        x = _in_blocks(images.expand(-1, 3, -1, -1) * 255 - self.mean)
+        x = images.expand(-1, 3, -1, -1) * 255 - self.mean
         sides = []
         for stage, score in zip(self.stages, self.scores, strict=True):
             x = stage(x)
-            side = score(x)
-            side = side.to_dense() if side.is_mkldnn else side
-            sides.append(F.interpolate(side, images.shape[-2:], mode="bilinear", align_corners=False))
+            sides.append(F.interpolate(score(x), images.shape[-2:], mode="bilinear", align_corners=False))
         return torch.sigmoid(self.fuse(torch.cat(sides, dim=1)).float())
 
     def load_reference_weights(self, source: Source) -> LoadReport:
@@ -136,13 +135,6 @@ def _stage(channels: int, width: int, depth: int, pooled: bool) -> nn.Sequential
     for index in range(depth):
         layers += [nn.Conv2d(width if index else channels, width, 3, padding=1), nn.ReLU(inplace=True)]
     return nn.Sequential(*layers)
-
-
-def _in_blocks(x: Tensor) -> Tensor:
-    """The tensor in oneDNN's own layout, which the layers keep, where that may be used: it saves their conversions."""
-    plain = torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()
-    usable = x.device.type == "cpu" and x.dtype == torch.float32 and not plain
-    return x.to_mkldnn() if usable and torch.backends.mkldnn.is_available() else x  # type: ignore[no-untyped-call]
 
 
 def _check_shape(images: Tensor) -> None:

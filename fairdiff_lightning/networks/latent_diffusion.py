@@ -50,7 +50,7 @@ class LatentDiffusion:
     vae: Any
     noise: dict[str, Any]
     prompts: PromptEncoder | None = None
-    learned: Tensor | None = None
+    learned: Mapping[str, Tensor] | None = None
     texts: Sequence[str] = ()
     trained: bool = True
 

@@ -108,8 +108,8 @@ class Prompts(nn.Module):
         negative: what guidance leads away from; the empty prompt when empty.
         mixture: what samples are drawn with instead of the prompt alone.
         texts: of samples, that embeddings are learned of.
-        learned: values (P, L, D) that the learned embeddings start from: of the template's prompts, one for each group
-            and one for unknown groups; of the texts; of the empty prompt.
+        learned: what the learned embeddings start from: ``prompts`` (P, L, D) of the template, one for each group and
+            one for unknown groups; of the texts; of the empty prompt; and which of them were ``trained`` (P,).
 
     Raises:
         ValueError: for a negative prompt or a mixture without an encoder, texts to be learned with one, or embeddings
@@ -125,7 +125,7 @@ class Prompts(nn.Module):
         negative: str = "",
         mixture: PromptMixture | None = None,
         texts: Sequence[str] = (),
-        learned: Tensor | None = None,
+        learned: Mapping[str, Tensor] | None = None,
     ) -> None:
         super().__init__()
         self.template, self.num_groups, self.encoder = template, num_groups, encoder
@@ -135,6 +135,8 @@ class Prompts(nn.Module):
         self._own_rows = 0 if template is None else num_groups + 1
         self._rows = {text: self._own_rows + row for row, text in enumerate(dict.fromkeys(texts))}
         self.learned: nn.Parameter | None = None
+        self.trained: Tensor | None
+        self.register_buffer("trained", None)
         if encoder is None:
             if negative or mixture:
                 raise ValueError(
@@ -143,8 +145,11 @@ class Prompts(nn.Module):
                     "prompt and no mixture, or a base with a text encoder."
                 )
             shape = (self._own_rows + len(self._rows) + 1, LEARNED_TOKENS, dim)  # the last is empty
-            values = torch.randn(shape)
-            self.learned = nn.Parameter(values if learned is None else values.copy_(_fitting(learned, shape)))
+            self.learned = nn.Parameter(torch.randn(shape))
+            self.trained = torch.zeros(shape[0], dtype=torch.bool)
+            if learned is not None:
+                self.learned.data.copy_(_fitting(learned["prompts"], shape))
+                self.trained = learned["trained"].clone()
 
     @property
     def learned_texts(self) -> list[str]:
@@ -164,7 +169,7 @@ class Prompts(nn.Module):
         Raises:
             ValueError: with an encoder, which learns none.
         """
-        if self.learned is None:
+        if self.learned is None or self.trained is None:
             raise ValueError(f"learned_prompts={list(texts)}: the base has a text encoder, which reads any text.")
         new = list(dict.fromkeys(texts))
         if new == self.learned_texts:
@@ -172,12 +177,38 @@ class Prompts(nn.Module):
         old, fresh = self.learned.detach(), torch.randn(len(new), *self.learned.shape[1:]).to(self.learned)
         rows = [old[self._rows[text]] if text in self._rows else row for text, row in zip(new, fresh, strict=True)]
         self.learned = nn.Parameter(torch.cat([old[: self._own_rows], *(row[None] for row in rows), old[-1:]]))
+        seen, place = self.trained, torch.tensor([self._rows.get(text, -1) for text in new], dtype=torch.int64)
+        self.trained = torch.cat([seen[: self._own_rows], seen[place] & (place >= 0), seen[-1:]])
         self._rows = {text: self._own_rows + row for row, text in enumerate(new)}
+
+    def rows(self, of: Tensor | Sequence[str]) -> Tensor:
+        """Places (B,) of samples' embeddings, by their groups (B,), -1 for unknown, or by texts that are learned."""
+        if isinstance(of, Tensor):
+            return torch.where(of < 0, self.num_groups, of)
+        return torch.tensor([self._rows[text] for text in of])
+
+    def check_trained(self, rows: Tensor) -> None:
+        """Refuse to sample with learned embeddings that no training sample had, if others were trained.
+
+        Args:
+            rows: see :meth:`rows`.
+
+        Raises:
+            ValueError: naming the first.
+        """
+        assert self.trained is not None, "a text encoder reads any text"
+        seen = self.trained[rows.to(self.trained.device)]
+        if self.trained.any() and not seen.all():
+            name = self._name(int(rows[~seen.to(rows.device)][0]))
+            raise ValueError(
+                f"nothing was learned for {name}: no training sample had it. "
+                "Ask for others, or train with samples of it (a request knows the group of one attribute alone)."
+            )
 
     def forward(self, group: Tensor) -> Tensor:
         """Embeddings (B, L, D) for the groups (B,) of samples, -1 for unknown; zeros when the template names none."""
-        table = self._own(*self._texts(), device=group.device) if self.learned is None else self.learned[:-1]
-        return table[torch.where(group < 0, self.num_groups, group)]
+        rows = self.rows(group)
+        return self._own(*self._texts(), device=group.device)[rows] if self.learned is None else self._look_up(rows)
 
     def texts(self, group: Tensor) -> list[str]:
         """The prompts of samples by their groups (B,), as text."""
@@ -187,8 +218,7 @@ class Prompts(nn.Module):
     def encode(self, texts: Sequence[str], device: torch.device, rounds: Tensor | None = None) -> Tensor:
         """Embeddings (B, L, D) of texts, or of what the mixture makes of them for samples of these rounds (B,)."""
         if self.learned is not None:
-            rows = torch.tensor([self._rows[text] for text in texts])
-            return self.learned[rows.to(device, non_blocking=True)]
+            return self._look_up(self.rows(texts).to(device, non_blocking=True))
         assert self.encoder is not None, "only a text encoder knows what a text means"
         if self.mixture is None or rounds is None:
             return self.encoder(texts, device)
@@ -226,7 +256,7 @@ class Prompts(nn.Module):
         unknown = [text for text in given if text not in self._rows]
         if unknown and (self._rows or self.template is None):
             raise ValueError(
-                f"the batch of '{first}' and others brings the prompt '{unknown[0]}', of which no embedding is learned. "
+                f"the batch of '{first}' and others brings the prompt '{unknown[0]}', which has no embedding. "
                 f"The base has no text encoder, and knows {self.learned_texts}. Train with learned_prompts=[...] that "
                 "holds it, or with a data module that tells its `prompts`; or take a base with a text encoder."
             )
@@ -245,7 +275,8 @@ class Prompts(nn.Module):
         from safetensors.torch import save_file
 
         assert self.learned is not None, "nothing is learned beside a text encoder"
-        embeddings = {"prompts": self.learned.detach().cpu().contiguous()}
+        assert self.trained is not None
+        embeddings = {"prompts": self.learned.detach().cpu().contiguous(), "trained": self.trained.cpu()}
         save_file(embeddings, str(path), {TEXTS: json.dumps(self.learned_texts)})
 
     def check_guidance(self, scale: float, dropout: float) -> None:
@@ -256,6 +287,23 @@ class Prompts(nn.Module):
                 "has no text encoder, and no training sample sees that prompt (text_dropout is 0, which is what "
                 "reference_behaviour makes it). Set guidance_scale=1, or text_dropout above 0."
             )
+
+    def _look_up(self, rows: Tensor) -> Tensor:
+        """Learned embeddings (B, L, D) of some rows; training notes which."""
+        assert self.learned is not None
+        assert self.trained is not None
+        if self.training:
+            self.trained[rows] = True
+        return self.learned[rows]
+
+    def _name(self, row: int) -> str:
+        """What a learned embedding is of, for a message."""
+        if row >= self._own_rows:
+            return f"the prompt '{self.learned_texts[row - self._own_rows]}'"
+        if not self.num_groups:
+            return f"the prompt '{self.template}'"
+        names = self.names or [str(group) for group in range(self.num_groups)]
+        return f"group '{(*names, UNKNOWN_GROUP)[row]}' of the prompt '{self.template}'"
 
     def _texts(self) -> tuple[str, ...]:
         """The template for each group, and last for unknown ones."""
@@ -274,13 +322,12 @@ class Prompts(nn.Module):
         return self.encoder.keep(texts, device)
 
 
-def read_learned(path: Path) -> tuple[Tensor, list[str]]:
-    """Learned embeddings (P, L, D), and the texts of samples that some are of."""
+def read_learned(path: Path) -> tuple[dict[str, Tensor], list[str]]:
+    """Learned embeddings ``prompts`` (P, L, D), which of them were ``trained`` (P,), and the samples' texts."""
     from safetensors import safe_open
 
-    embeddings = read_state_dict(path)["prompts"]
-    with safe_open(str(path), "pt") as file:  # type: ignore[no-untyped-call]
-        return embeddings, json.loads((file.metadata() or {}).get(TEXTS, "[]"))
+    with safe_open(str(path), "pt") as file:
+        return read_state_dict(path), json.loads(file.metadata()[TEXTS])
 
 
 def _fitting(learned: Tensor, shape: tuple[int, int, int]) -> Tensor:

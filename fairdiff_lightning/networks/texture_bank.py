@@ -28,6 +28,9 @@ class TextureBank(nn.Module):
         classes: lesion classes, which a histogram has a row for.
         bins: of each row.
 
+    Raises:
+        ValueError: for fewer prototypes than one.
+
     Attributes:
         histograms: (N, classes * bins), of the lesions that were measured.
         groups: (N,) int64, the group of each of them, -1 when unknown.
@@ -42,6 +45,8 @@ class TextureBank(nn.Module):
 
     def __init__(self, count: int, classes: int, bins: int) -> None:
         super().__init__()
+        if count < 1:
+            raise ValueError(f"textures {count}; expected is 1 prototype or more.")
         self.classes, self.bins = classes, bins
         self.register_buffer("histograms", torch.zeros(0, classes * bins))
         self.register_buffer("groups", torch.zeros(0, dtype=torch.int64))
@@ -52,12 +57,16 @@ class TextureBank(nn.Module):
         """Keep the histograms (N, classes * bins) of the training lesions, and their groups (N,), and find prototypes.
 
         Raises:
-            ValueError: for fewer lesions than prototypes.
+            ValueError: for fewer different histograms than prototypes, two of which would be one.
         """
-        count = len(self.centroids)
-        if len(histograms) < count:
-            raise ValueError(f"{len(histograms)} training lesions make no {count} textures; ask for fewer `textures`.")
-        found = histograms.double().cpu().numpy()
+        count, found = len(self.centroids), histograms.double().cpu().numpy()
+        different = len(np.unique(found.round(6), axis=0))
+        if different < count:
+            fewer = f"Ask for at most {different} `textures`, or train" if different else "Train"
+            raise ValueError(
+                f"{len(found)} real training lesions with {different} different histograms make no {count} textures. "
+                f"{fewer} on more lesions that no generator made."
+            )
         centroids, _ = kmeans2(found, count, minit="++", seed=np.random.default_rng(0), iter=100, missing="warn")
         rows = centroids.reshape(count, self.classes, self.bins)
         brightness = rows.sum(1) @ np.arange(self.bins) / rows.sum((1, 2)).clip(min=1e-9)

@@ -177,6 +177,7 @@ def test_the_box_lies_on_its_lesion_however_the_volume_is_stored(tmp_path, view,
     image, mask = BCSDBT().read_arrays(record)
     assert np.array_equal(mask, seen[1] == 900)
     np.testing.assert_allclose(image, seen[1] / 1023 * 255, atol=1)
+    assert record.attributes["diagnosis"] == -1, "there is no table of labels"
     assert record.attributes["laterality"] == "LR".index(side)
     assert record.attributes["view"] == ["CC", "MLO"].index(view[1:].rstrip("1").upper())
 
@@ -267,17 +268,66 @@ def test_tables_without_their_columns_are_named(tmp_path):
         BCSDBT().index(tmp_path)
 
 
-def test_the_official_test_tables_stay_the_test_split(tmp_path):
-    for part, patients in (("train", range(1, 12)), ("test", range(12, 14))):
+def write_parts(root, **parts):
+    """The owner's tables of each part, each with a slice of its own of a volume that all rows have."""
+    names = {"train": "train", "validation": "validation-PHASE-2-Jan-2024", "test": "test-PHASE-2"}  # as of 2024
+    for number, (part, patients) in enumerate(parts.items()):
         keys = [{"PatientID": f"DBT-P{p:05d}"} for p in patients]
         labels = [KEY | key | {"Normal": 0, "Actionable": 0, "Benign": 0, "Cancer": 1} for key in keys]
-        write_tables(tmp_path, *(box(**key) for key in keys), part=part, labels=labels)
-    write_dicom(tmp_path / FILE, frames())
+        write_tables(root, *(box(number, **key) for key in keys), part=names[part], labels=labels)
+    write_dicom(root / FILE, frames())
+
+
+def patients_of(root, **settings):
+    data = BCSDBTDataModule(str(root), attributes=["diagnosis"], **settings)
+    data.setup()
+    return {part: sorted(int(r.unit[-5:]) for r in records) for part, records in data.splits.items()}
+
+
+def test_the_official_test_tables_stay_the_test_split(tmp_path):
+    write_parts(tmp_path, train=range(1, 12), test=range(12, 14))
     data = BCSDBTDataModule(str(tmp_path), attributes=["diagnosis"])
     data.setup()
     assert {r.unit for r in data.splits["test"]} == {"DBT-P00012", "DBT-P00013"}
     assert [len(data.splits[part]) for part in ("train", "val", "test")] == [9, 2, 2]
     assert {r.attributes["diagnosis"] for r in data.splits["train"]} == {3}
+
+
+def test_every_case_stands_in_the_split_that_the_owners_tables_name(tmp_path):
+    parts = {"train": range(1, 12), "validation": range(12, 16), "test": range(16, 18)}
+    write_parts(tmp_path, **parts)
+    found = patients_of(tmp_path)
+    assert found == {"train": [*range(1, 12)], "val": [*range(12, 16)], "test": [16, 17]}
+    assert found == patients_of(tmp_path, fractions=(0.4, 0.3, 0.3), split_seed=5)
+    assert len(patients_of(tmp_path, fractions=(0, 0, 1))["test"]) == 17, "all of it, to test what others trained"
+
+
+def test_without_test_tables_the_test_split_is_drawn_from_the_training_cases(tmp_path):
+    write_parts(tmp_path, train=range(1, 12), validation=range(12, 16))
+    found = patients_of(tmp_path, fractions=(0.7, 0.1, 0.2))
+    assert found["val"] == [*range(12, 16)]
+    assert len(found["test"]) == 3
+    assert sorted(found["train"] + found["test"]) == [*range(1, 12)]
+
+
+@pytest.mark.parametrize(("test", "held_out"), [([], "test"), ([16, 17], "val")])
+def test_five_folds_divide_the_training_and_validation_cases(tmp_path, test, held_out):
+    write_parts(tmp_path, train=range(1, 12), validation=range(12, 16), **({"test": test} if test else {}))
+    folds = [patients_of(tmp_path, fold=fold) for fold in range(5)]
+    assert sorted(patient for fold in folds for patient in fold[held_out]) == [*range(1, 16)]
+    assert [len(fold[held_out]) for fold in folds] == [3] * 5
+    assert all(fold["test"] == test for fold in folds) or not test
+    with pytest.raises(ValueError, match="fold=5 of k=5"):
+        patients_of(tmp_path, fold=5)
+
+
+@pytest.mark.parametrize("parts", [("train", "validation"), ("train", "test"), ("validation", "test")])
+def test_a_patient_in_two_of_the_owners_tables_is_refused(tmp_path, parts):
+    patients = {"train": [*range(1, 6)], "validation": [6, 7], "test": [8, 9]}
+    patients[parts[0]].append(patients[parts[1]][0])
+    write_parts(tmp_path, **patients)
+    with pytest.raises(ValueError, match=rf"unit 'DBT-P0000{patients[parts[1]][0]}' stands in both"):
+        patients_of(tmp_path)
 
 
 def test_public_tables_are_read_with_a_volume_at_its_public_path(tmp_path, realdata):

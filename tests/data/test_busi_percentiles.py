@@ -15,7 +15,7 @@ def _cache(tmp_path, monkeypatch):
 
 
 def picture():
-    """The card's grey picture, 48 x 80, and its disc."""
+    """The reference's grey picture, 48 x 80, and its disc."""
     y, x = np.mgrid[:48, :80].astype(float)
     disc = (x - 40) ** 2 + (y - 24) ** 2 < 12**2
     return np.clip(np.round(40 + 0.8 * x + 30 * np.sin(y / 5) + 90 * disc), 0, 255).astype(np.uint8), disc
@@ -63,6 +63,18 @@ def test_preprocessing_is_the_authors(tmp_path, reference):
     assert (list(sample["mask"].shape), sample["mask"].dtype) == (wanted["seg"]["shape"], torch.int64)
     assert int(sample["mask"].sum()) == wanted["seg"]["sum"]
     assert sample["prompt"] == "Breast, Ultrasound"
+
+
+def test_a_sample_tells_the_size_of_its_file_as_the_authors_do(tmp_path, reference):
+    image, disc = picture()
+    wanted = reference("diffboost")["preprocess_2d"]["meta"]
+    data = BUSIDataModule(store(tmp_path / "busi", image, mask=disc), image_size=64)
+    (record,) = data.dataset.index(data.folder).records
+    sample = data.make_dataset([record], native_mask=True)[0]
+    assert sample["native_size"].tolist() == list(sample["native_mask"].shape[1:]) == wanted["org_size"]
+    assert list(sample["image"].shape[1:]) == wanted["target_size"]
+    assert record.files["image"].endswith(f".{wanted['file_type']}")
+    assert data.num_classes == wanted["meta"]["num_classes"]
 
 
 def test_by_default_the_percentiles_are_those_of_the_files_own_picture(tmp_path):

@@ -1,4 +1,5 @@
 import errno
+import gzip
 import os
 import warnings
 from dataclasses import replace
@@ -112,6 +113,27 @@ def test_the_key_names_files_and_settings(tmp_path):
     keys = {fingerprint([file], 1), fingerprint([file], 2), fingerprint([file, file], 1)}
     file.write_text("three")
     assert len(keys | {fingerprint([file], 1)}) == 4
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".gz"])
+def test_the_key_knows_a_file_that_was_replaced_with_its_old_size_and_time(tmp_path, suffix):
+    content = np.random.default_rng(0).bytes(100_000)
+    middle = content[:50_000] + bytes([content[50_000] ^ 1]) + content[50_001:]
+    files = [content, middle] if suffix == ".gz" else [content, b"new" + content[3:], content[:-3] + b"new"]
+    keys = set()
+    for data in files:
+        (tmp_path / f"a{suffix}").write_bytes(gzip.compress(data, 0, mtime=0) if suffix == ".gz" else data)
+        os.utime(tmp_path / f"a{suffix}", ns=(1, 1))
+        keys.add(fingerprint([tmp_path / f"a{suffix}"]))
+    sizes = {len(gzip.compress(data, 0)) for data in files}
+    assert len(sizes) == 1
+    assert len(keys) == len(files)
+
+
+def test_a_folder_of_slices_may_hold_folders(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "empty").touch()
+    assert fingerprint([tmp_path]) == fingerprint([tmp_path])
 
 
 def test_a_sample_that_was_half_written_is_never_read(tmp_path):

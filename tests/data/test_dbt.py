@@ -281,6 +281,7 @@ def test_folds_depend_on_the_patients_alone(patients, num_folds, random):
 
 
 def test_impossible_folds_are_refused(tmp_path):
+    assert (DBTDataModule().num_folds, DBTDataModule(num_folds=3).num_folds) == (5, 3)
     with pytest.raises(ValueError, match="fold=5 with num_folds=5"):
         DBTDataModule(fold=5)
     write_pair(tmp_path, "P1")

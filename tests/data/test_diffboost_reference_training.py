@@ -19,6 +19,7 @@ from fairdiff_lightning.data.classical_augmentation import (
     Name,
     stretch,
 )
+from fairdiff_lightning.data.patch_merge import PatchMerge
 from fairdiff_lightning.metrics.functional import dice_score
 from fairdiff_lightning.modules import Segmenter
 
@@ -91,6 +92,7 @@ def test_scaling_has_the_authors_settings(reference):
     flags = reference("diffboost")["official_bug_probes"]["random_scale_flags"]
     off = flags["do_elastic_deform"] or flags["do_rotation"] or flags["random_crop"]
     assert (flags["do_scale"], off, flags["border_mode_data"]) == (True, False, "nearest")
+    assert flags["order_data"] == 3, "cubic, as here"
     expected = Geometry(scale=tuple(flags["scale"]), p_scale=flags["p_scale_per_sample"], border="border")
     assert GEOMETRIES["scale"] == expected
     assert (expected.degrees, expected.p_elastic, expected.p_mirror) == (0, 0, 0)
@@ -104,6 +106,7 @@ def test_rotation_has_the_authors_settings(reference):
     assert (-rotate.degrees, rotate.degrees) == pytest.approx((low, high))
     assert (rotate.p_rotate, rotate.scale, rotate.p_elastic) == (flags["p_rot_per_sample"], (1.0, 1.0), 0)
     assert (flags["border_mode_data"], rotate.border) == ("nearest", "border")
+    assert flags["order_data"] == 3, "cubic, as here"
 
 
 def write_task(root, positive):
@@ -120,6 +123,35 @@ def write_task(root, positive):
     training = [{"image": f"./imagesTr/{n}.nii.gz", "label": f"./labelsTr/{n}.nii.gz"} for n in names]
     content = {"name": "Spleen", "modality": {"0": "CT"}, "labels": {"0": "background", "1": "spleen"}}
     (root / "dataset.json").write_text(json.dumps(content | {"training": training}))
+
+
+def test_a_training_batch_has_a_partner_of_the_same_mask_in_the_order_of_the_files(tmp_path, monkeypatch, reference):
+    monkeypatch.setenv("FAIRDIFF_CACHE", str(tmp_path / "cache"))
+    write_task(tmp_path / "task", {"a_1": 2, "b_2": 2, "c_3": 2})
+    wanted, settings = reference("diffboost")["dataloader_contract"], {"protocol": "legacy", "batch_size": 2}
+    plain = slices_of(tmp_path / "task", **settings)
+    for number, record in enumerate(plain.splits["train"]):
+        sample = {**plain.dataset.read(record), "id": f"made_{number}", "synthetic": torch.tensor(True)}
+        plain.write_sample(tmp_path / "made", {**sample, "source": record.id})
+    merge = PatchMerge(num_synthetic=1)
+    data = slices_of(tmp_path / "task", synthetic=[str(tmp_path / "made")], merge=merge, image_size=384, **settings)
+    batches = list(data.train_dataloader())
+    partners = {"data": "image", "seg": "mask", "aug_data": "partner", "aug_seg": "mask"}
+    for key, text in wanted["train_batch(is_aug)"].items():
+        dtype, shape = text.split(" ")
+        found = batches[0][partners[key]]
+        assert str(found.dtype) == f"torch.{dtype}"
+        assert list(found.shape) == [2, *map(int, shape.strip("()").split(",")[1:])]
+    assert wanted["train_sampler"].startswith("SequentialSampler")
+    seen = [name for batch in batches for name in batch["id"]]
+    assert seen == [record.id for record in data.splits["train"]] == sorted(seen)
+
+
+def slices_of(root, **settings):
+    data = DecathlonSliceDataModule(str(root), **settings)
+    data.prepare_data()
+    data.setup()
+    return data
 
 
 def test_a_test_case_is_a_batch_of_its_slices_with_a_label(tmp_path, monkeypatch, reference):

@@ -5,7 +5,7 @@ import torch
 from fairdiff_lightning.data.edge_augmentation import RandomZoomRotate, zoom_rotate
 
 
-def card_images():
+def reference_images():
     """The reference's image and the edge of its disk."""
     y, x = np.mgrid[:384, :384].astype(float)
     image, ring = np.sin(x / 25) * np.cos(y / 35), np.abs(np.hypot(x - 192, y - 192) - 80) < 2
@@ -31,11 +31,12 @@ def test_image_and_edge_move_as_in_the_reference(reference, name, zoom):
     lines that are resampled twice keep a little more of their sum.
     """
     expected = reference("diffboost")["finetune_geometry"]["cases"][name]
-    image, edge = card_images()
+    image, edge = reference_images()
     assert float(edge.sum()) == reference("diffboost")["finetune_geometry"]["edge_sum_input"]
     zoom, degrees = by_whole_pixels(zoom or expected["crop"]), expected.get("angle", 0.0)
     found, _, lines = moved(image, [zoom], [degrees], edge=edge)
     border = 6e-3 * max(0, 1 - zoom)
+    assert list(found.shape[2:]) == expected.get("img_shape", [384, 384])
     assert float(found.mean()) == pytest.approx(expected["img_mean"], abs=border + 1e-5)
     assert float(found.std()) == pytest.approx(expected["img_std"], abs=border + 1e-4)
     assert float(lines.sum()) == pytest.approx(expected["edge_sum"], rel=1e-6 if degrees == 0 else 2.2e-3)

@@ -71,8 +71,11 @@ def test_contours_are_those_of_the_reference(name, reference):
     contour = label_contour(mask)
     assert contour.dtype == torch.float32
     assert contour.shape == mask.shape
-    assert set(contour.unique().tolist()) == {0, 1}
+    assert {255 * value for value in contour.unique().tolist()} == set(want.get("values", (0, 255)))
     assert int(contour.sum()) == want["n255"]
+    if "row16_cols" in want:  # a run, told by its ends
+        first, last = want["row16_cols"][0], want["row16_cols"][-1]
+        assert contour[0, 16].nonzero()[:, 0].tolist() == list(range(first, last + 1))
     if "mask_area" in want:
         assert int(mask.sum()) == want["mask_area"]
     if "row32_cols" in want:

@@ -1,11 +1,12 @@
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fairdiff_lightning.data import Record
+from fairdiff_lightning.data import ProstateDataModule, Record
 from fairdiff_lightning.data.folds import case_folds, cross_fold_summary, fold_records
 from fairdiff_lightning.data.splits import check_disjoint
 
@@ -52,6 +53,35 @@ def test_slices_of_a_case_stay_together_and_validation_is_no_test_case(seed):
         assert sorted(r.id for part in splits.values() for r in part) == sorted(r.id for r in records)
         tested += splits["test"]
     assert sorted(r.id for r in tested) == sorted(r.id for r in records)
+
+
+def test_cases_that_the_owner_marks_for_the_test_stay_there_in_every_fold():
+    marks = {"p1": "test", "p4": "test", "p5": "train"}
+    records = [Record(f"p{i}-{j}", {}, {}, f"p{i}", marks.get(f"p{i}")) for i in range(11) for j in range(2)]
+    validated = []
+    for fold in range(3):
+        splits = fold_records(records, fold, val=0.2)
+        check_disjoint(splits)
+        assert {record.unit for record in splits["test"]} == {"p1", "p4"}
+        assert len(splits["train"]) + len(splits["val"]) == 2 * 9
+        validated += [record.id for record in splits["val"]]
+    assert sorted(validated) == sorted(record.id for record in records if record.split != "test")
+    with pytest.raises(ValueError, match="k=3 folds of 2 cases"):
+        fold_records([replace(record, split="test") for record in records[:-4]] + records[-4:], 0)
+
+
+def test_folds_of_a_table_leave_its_test_cases_alone(tmp_path, monkeypatch):
+    monkeypatch.setenv("FAIRDIFF_CACHE", str(tmp_path))
+    sizes = {"image_size": (16, 16, 8), "patch_size": None, "spacing": None}
+    folds = [ProstateDataModule(fold=fold, num_folds=3, **sizes) for fold in range(3)]
+    for data in folds:
+        data.prepare_data()
+        data.setup()
+    tested = [{record.id for record in data.splits["test"]} for data in folds]
+    assert tested[0] == tested[1] == tested[2]
+    assert len(tested[0]) == 16, "as the phantom's table marks them"
+    validated = [record.id for data in folds for record in data.splits["val"]]
+    assert len(validated) == len(set(validated)) == 24
 
 
 def test_a_fold_that_is_not_there_is_an_error():

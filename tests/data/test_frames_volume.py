@@ -86,6 +86,16 @@ def test_a_kept_native_mask_is_not_read_again(tmp_path):
     assert native["native_size"].tolist() == [12, 10, 6]
 
 
+def test_the_foreground_is_the_box_of_what_is_no_air_and_all_of_air_alone(tmp_path):
+    record = pair(tmp_path, LPS, LPS)
+    image, mask, affine, *_ = VolumeFrame(foreground=True).decode(Prostate(), record)
+    assert image.shape[1:] == mask.shape == (3, 2, 2), "the target shines, the rest is the window's low end"
+    np.testing.assert_allclose(affine[:3, 3], Prostate().read_image(record).affine[:3] @ [7, 7, 1, 1])
+    nib.save(nib.Nifti1Image(np.full((12, 10, 6), -300, np.int16), LPS), tmp_path / "i.nii.gz")
+    whole = VolumeFrame(foreground=True).decode(Prostate(), record)
+    assert whole[0].shape[1:] == (12, 10, 6)
+
+
 def test_an_image_without_a_mask_is_framed_alone(tmp_path):
     record = pair(tmp_path, LPS, LPS)
     alone = Record("a", {"image": record.files["image"]}, CASE, "a")

@@ -22,7 +22,9 @@ def records(count, source=None):
 @pytest.mark.parametrize("patch", [1, 16, 32, 64, 96, 128, 384])
 def test_masks_of_every_patch_size_are_the_authors(reference, patch):
     check = reference("diffboost")["merge_mask"]["by_patch_alpha0.6"][f"patch{patch}"]
-    mask = PatchMerge(0.6, patch).mask((8, 1, 384, 384), seeded())
+    mask = PatchMerge(check["expected_real_fraction"], patch).mask((8, 1, 384, 384), seeded())
+    cells = mask[0, 0, ::patch, ::patch]
+    assert (list(cells.shape), cells.numel()) == (check["grid"], check["cells_per_image"])
     assert mask.float().mean().item() == pytest.approx(check["seed0_N8_real_fraction"], abs=1e-6)
     assert mask.float().mean((1, 2, 3)).tolist() == pytest.approx(check["seed0_N8_per_image"], abs=1e-6)
 
@@ -31,7 +33,9 @@ def test_masks_of_every_patch_size_are_the_authors(reference, patch):
 def test_masks_of_every_alpha_are_the_authors(reference, alpha):
     check = reference("diffboost")["merge_mask"]["by_alpha_patch64"][f"alpha{alpha}"]
     mask = PatchMerge(alpha).mask((8, 2, 384, 384), seeded())
-    assert mask[..., ::64, ::64].sum().item() == check["seed0_N8_real_cells"]
+    cells = mask[..., ::64, ::64]
+    assert (cells.sum().item(), cells.numel()) == (check["seed0_N8_real_cells"], check["of"])
+    assert mask.float().mean().item() == pytest.approx(check["real_fraction"], abs=1e-6)
 
 
 def test_first_mask_is_the_authors_and_constant_on_its_patches(reference):
@@ -55,6 +59,18 @@ def test_share_of_real_pixels_has_the_binomial_mean_and_spread(reference):
     assert share.mean().item() == pytest.approx(check["mean"], abs=1e-5)
     assert share.std().item() == pytest.approx(check["std"], abs=1e-5)
     assert share.std().item() == pytest.approx(math.sqrt(0.6 * 0.4) / 6, abs=0.003)
+
+
+@pytest.mark.parametrize("patch", [1, 16, 32, 64, 96, 128, 384])
+def test_shares_of_every_patch_size_spread_as_the_theory_says(reference, patch):
+    """The cells alone, since a cell of one pixel weighs what a patch of many does."""
+    check = reference("diffboost")["merge_mask"]["by_patch_alpha0.6"][f"patch{patch}"]
+    side, count = check["grid"][0], 100 if patch == 1 else 4000
+    share = PatchMerge(0.6, 1).mask((count, 1, side, side), seeded(1)).float().mean((1, 2, 3))
+    expected = check["theoretical_std_per_image"]
+    assert math.sqrt(0.6 * 0.4) / side == pytest.approx(expected, abs=1e-6)
+    assert share.std().item() == pytest.approx(expected, rel=0.2 if patch == 1 else 0.05)
+    assert share.mean().item() == pytest.approx(0.6, abs=0.025)
 
 
 @given(

@@ -1,8 +1,9 @@
+import warnings
+
 import numpy as np
 import pytest
-import torch
 
-from fairdiff_lightning.data.patches import GUESSES, ROUNDS, PatchSampler, draw_foreground
+from fairdiff_lightning.data.patches import GUESSES, ROUNDS, PatchSampler, draw_candidates
 
 
 class OnDisk(np.ndarray):
@@ -42,17 +43,44 @@ def test_each_voxel_of_the_foreground_is_as_likely(rarely, monkeypatch):
     if rarely:  # so that nearly every draw searches the whole mask
         monkeypatch.setattr("fairdiff_lightning.data.patches.GUESSES", 1)
         monkeypatch.setattr("fairdiff_lightning.data.patches.ROUNDS", 2)
-    random = torch.Generator().manual_seed(0)
+    sampler = PatchSampler((1, 1, 1), 1.0)
     counts = np.zeros(mask.shape)
-    for _ in range(3300):
-        counts[draw_foreground(mask, random)] += 1
+    for k in range(3300):
+        counts[sampler.draw(mask, k)] += 1
     assert not counts[mask == 0].any()
     expected = 3300 / 11
     assert ((counts[mask > 0] - expected) ** 2 / expected).sum() < 29.6, "chi-squared, 10 degrees of freedom, p = 0.001"
 
 
+def test_other_blocks_are_around_the_background():
+    mask = masked((9, 11, 7), np.s_[1:8, 2:10, 1:6])
+    blocks = [PatchSampler((1, 1, 1), share).draw(mask, k) for share in (0.0, 0.25) for k in range(400)]
+    found = [int(mask[block].item()) for block in blocks]
+    assert sum(found[:400]) == 0
+    assert 0.25 * 400 - 3 * 8.7 < sum(found[400:]) < 0.25 * 400 + 3 * 8.7, "within three standard deviations"
+
+
+@pytest.mark.parametrize("size", [(9, 11, 7), (4, 5, 2), (3, 11, 6)])
+def test_blocks_stay_within_the_volume_and_hold_their_voxel(size):
+    mask = masked((9, 11, 7), np.s_[0, 0, 0], np.s_[8, 10, 6])
+    for k in range(40):
+        block = PatchSampler(size, 1.0).draw(mask, k)
+        assert mask[block].shape == size
+        assert mask[block].any()
+
+
 def test_a_single_voxel_is_found_and_none_is_missed():
-    mask = masked((200, 200, 50), np.s_[7, 190, 41])  # one of 2 million, of which ROUNDS * GUESSES are guessed
+    mask = masked((200, 200, 50), np.s_[7, 190, 41])  # one of 2 million, of which ROUNDS * GUESSES are looked at
     assert mask.size > 400 * ROUNDS * GUESSES
-    assert draw_foreground(mask, torch.Generator().manual_seed(0)) == (7, 190, 41)
-    assert draw_foreground(np.zeros((5, 4, 3), np.uint8), torch.Generator().manual_seed(0)) is None
+    foreground, background = draw_candidates(mask, np.random.RandomState(0))
+    assert [tuple(np.unravel_index(place, mask.shape)) for place in foreground] == [(7, 190, 41)]
+    assert not mask.ravel()[background].any()
+
+
+@pytest.mark.parametrize("value", [0, 1])
+def test_a_mask_of_one_class_is_drawn_from_anywhere_without_a_warning(value):
+    mask = np.full((6, 5, 4), value, np.uint8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        blocks = {str(PatchSampler((2, 2, 2), 0.5).draw(mask, k)) for k in range(60)}
+    assert len(blocks) > 20

@@ -218,7 +218,7 @@ def test_what_a_table_cannot_say_is_named(tmp_path, rows, message):
 
 
 def test_wrong_trees_and_columns_are_named(tmp_path):
-    with pytest.raises(DatasetNotFoundError, match=r"no cases.csv and no images.*\n.*\n  cases.csv"):
+    with pytest.raises(DatasetNotFoundError, match=r"no cases.csv with images, nothing in .*\n.*\n  cases.csv"):
         Prostate().index(tmp_path)
     with pytest.raises(DatasetNotFoundError, match="no such folder"):
         Prostate().index(tmp_path / "none")

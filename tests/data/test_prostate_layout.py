@@ -1,5 +1,7 @@
 """Masks and images of prostate CT as exports and predictions have them, with a table and without one."""
 
+from pathlib import Path
+
 import nibabel as nib
 import numpy as np
 import pandas as pd
@@ -117,6 +119,19 @@ def test_other_objects_and_folders_without_a_series_are_named(tmp_path):
     (record,) = dataset.unlabelled(tmp_path).records
     with pytest.raises(InvalidSampleError, match=r"images/p1: 0 series"):
         dataset.read_image(record)
+
+
+def test_pairs_are_found_below_a_relative_root(tmp_path, monkeypatch):
+    for name in ("images/a.nii.gz", "masks/a.nii.gz"):
+        (tmp_path / "in" / name).parent.mkdir(parents=True)
+        nib.save(
+            nib.Nifti1Image(np.full((4, 4, 4), -300 * int("images" in name), np.int16), np.eye(4)),
+            tmp_path / "in" / name,
+        )
+    monkeypatch.chdir(tmp_path)
+    index = Prostate().index(Path("in"))
+    assert not index.errors
+    assert Prostate().read_arrays(index.records[0])[0].shape == (4, 4, 4)
 
 
 @pytest.mark.parametrize("folder", ["images", "masks"])

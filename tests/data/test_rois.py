@@ -1,3 +1,5 @@
+import warnings
+
 import nibabel as nib
 import numpy as np
 import pytest
@@ -49,6 +51,41 @@ def test_a_block_at_the_border_moves_inwards_and_only_a_short_scan_is_padded():
     assert (roi.image.array[..., -1] == -1000).all()
     assert np.array_equal(roi.image.array[..., 2:13], image.array[:7, 16:])
     assert not roi.mask.array[..., :2].any()
+
+
+@pytest.mark.parametrize(("dtype", "held"), [(np.uint8, 0), (np.uint16, 0), (np.int8, -128)])
+def test_padding_that_a_type_cannot_hold_is_its_nearest_and_said(dtype, held):
+    image, mask = scan_with([((0, 21, 5), (1, 2, 1))])
+    stored = Volume((image.array % 100).astype(dtype), AFFINE)
+    with pytest.warns(UserWarning, match=rf"padding of -1000 for an array of {np.dtype(dtype)}.*{held} is taken"):
+        (roi,) = extract_rois(stored, mask, (7, 7, 14))
+    assert (roi.image.array[..., :2] == held).all()
+    assert np.array_equal(roi.image.array[..., 2:13], stored.array[:7, 16:])
+    assert roi.image.array.dtype == dtype
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        extract_rois(stored, mask, (7, 7, 9))  # nothing is padded
+        assert (extract_rois(image, mask, (7, 7, 14))[0].image.array[..., :2] == -1000).all()
+        assert (extract_rois(stored, mask, (7, 7, 14), fill=7)[0].image.array[..., :2] == 7).all()
+
+
+def test_padding_of_an_unsigned_file_with_its_offset_is_air(tmp_path):
+    header = nib.Nifti1Header()
+    header.set_data_dtype(np.uint16)
+    scan, mask = scan_with([((0, 21, 5), (1, 2, 1))])
+    image = nib.Nifti1Image((scan.array + 1024).astype(np.uint16), AFFINE, header)
+    image.header.set_slope_inter(1, -1024)
+    path = tmp_path / "ct.nii"
+    nib.save(image, path)
+    raw = bytearray(path.read_bytes())
+    raw[112:120] = np.array([1, -1024], "<f4").tobytes()  # nibabel stores unscaled numbers as they are
+    raw[352:] = (scan.array + 1024).astype("<u2").tobytes("F")
+    path.write_bytes(raw)
+    held = read_volume(path)
+    assert (held.native.dtype, held.native.intercept) == (np.uint16, -1024)
+    (roi,) = extract_rois(held, mask, (7, 7, 14))
+    assert (roi.image.array[..., :2] == -1000).all()
+    assert np.array_equal(roi.image.array[..., 2:13], scan.array[:7, 16:])
 
 
 def test_a_lesion_larger_than_its_block_says_so_and_no_lesion_is_an_error():

@@ -10,7 +10,8 @@ from fairdiff_lightning.data.lidc import LIDC
 from fairdiff_lightning.data.native import Record
 from fairdiff_lightning.data.phantoms_3d import chest
 from fairdiff_lightning.data.requests import Request
-from fairdiff_lightning.data.scans import LesionReader, list_scans, place_in_scan
+from fairdiff_lightning.data.scan_list import list_scans
+from fairdiff_lightning.data.scans import LesionReader, place_in_scan
 from fairdiff_lightning.data.volumes import Volume, write_volume
 
 PLACED = np.array([[1.5, 0, 0, -40.0], [0, 1.4, 0, 25.0], [0, 0, 8, 60.0], [0, 0, 0, 1]])

@@ -1,6 +1,7 @@
 import gzip
 import itertools
 import struct
+import warnings
 
 import nibabel as nib
 import numpy as np
@@ -206,6 +207,18 @@ def test_the_window_is_the_references_and_has_an_inverse(reference):
     inside = np.clip(expected["hu"], -1000, 400)
     np.testing.assert_allclose(Window().from_unit(unit), inside, atol=1e-3)
     assert (unit.dtype, unit.min(), unit.max()) == (np.float32, 0, 1)
+
+
+@pytest.mark.parametrize("dtype", [">i2", np.int16, np.uint16, np.int32, np.float32, np.float64])
+def test_a_window_takes_values_of_any_type_and_leaves_them_alone(dtype):
+    values = np.arange(24).reshape(2, 3, 4).astype(dtype)[::-1]
+    values.flags.writeable = False
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        unit = Window(4, 20).to_unit(values)
+    assert unit.dtype == Window(4, 20).from_unit(unit).dtype == np.float32
+    np.testing.assert_allclose(unit, np.clip((values.astype(float) - 4) / 16, 0, 1), atol=1e-7)
+    np.testing.assert_allclose(Window(4, 20).from_unit(unit), np.clip(values.astype(float), 4, 20), atol=1e-5)
 
 
 def test_odd_crops_and_padding_begin_where_torchio_begins():

@@ -29,6 +29,9 @@ def ddim():
 
 def test_the_noise_schedule_is_stable_diffusions(reference, ddim):
     expected = reference("diffboost")["noise_schedule"]
+    assert expected["betas_formula"].startswith("linspace(sqrt(.00085),sqrt(.012),1000)^2")
+    roots = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=ddim.betas.dtype)
+    torch.testing.assert_close(ddim.betas, roots**2, atol=1e-9, rtol=1e-6)
     for k in (0, 999):
         assert float(ddim.betas[k]) == pytest.approx(expected[f"beta[{k}]"], rel=1e-5)
     for k in (0, 500, 999):

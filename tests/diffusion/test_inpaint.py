@@ -227,13 +227,27 @@ def test_a_lesions_box_shows_no_more_than_its_context():
     assert sorted(set(shapes)) == [(1, 1, 12, 8, 7), (2, 1, 8, 8, 7)]
 
 
+@pytest.mark.parametrize("scheduler", [DDPMScheduler(**SHORT), DPMSolverMultistepScheduler(**SHORT)])
+def test_context_up_to_the_borders_is_the_volume(scheduler):
+    given = scene(3, 9, 8, 5, channels=2) | {"scheduler": scheduler, "num_steps": 5}
+    given |= {"jump_length": 2, "jump_n_sample": 2, "stride": 4}
+    whole = inpaint(shrink, **given)
+    assert torch.equal(inpaint(shrink, **given, roi="lesion", context=(9, 8, 5)), whole)
+    outside = (given["mask"] == 0).expand_as(whole)
+    for context in (0, 1, (3, 0, 2)):
+        found = inpaint(shrink, **given, roi="lesion", context=context)
+        assert found.shape == whole.shape
+        assert torch.equal(found[outside], given["background"][outside])
+        assert not torch.equal(found, whole)
+
+
 def test_boxes_hold_the_lesion_with_its_context():
     lesion = torch.zeros(2, 20, 16, 9, dtype=torch.bool)
     lesion[0, 9:11, 15, 4] = lesion[1, 0, 3:6, 8] = True
     boxes = lesion_boxes(lesion, context=2, stride=(4, 8, 1))
     assert boxes == [(slice(4, 16), slice(8, 16), slice(2, 7)), (slice(0, 4), slice(0, 8), slice(6, 9))]
     assert group_by_shape([*boxes, boxes[0]]) == [[0, 2], [1]]
-    with pytest.raises(ValueError, match=r"stride=0; expected is one number of at least 1, or 3"):
+    with pytest.raises(ValueError, match=r"stride=0; expected is one whole number of at least 1, or 3"):
         lesion_boxes(lesion, 2, 0)
     with pytest.raises(ValueError, match=r"context=.*or 3, one for each axis"):
         lesion_boxes(lesion, (1, 2), 1)
@@ -276,6 +290,8 @@ def test_half_precision_backgrounds_keep_their_bits():
         ({"condition": torch.ones(3, 4)}, "condition is for 3 samples"),
         ({"start": torch.ones(2, 1, 9, 8, 4)}, "start has shape"),
         ({"eta": 0.5}, "DDPMScheduler has none"),
+        ({"context": -1}, "context=-1; expected is one whole number of at least 0, or 3, one for each axis"),
+        ({"context": (2, 2.5, 2), "roi": "lesion"}, r"context=\(2, 2.5, 2\); expected is one whole number"),
     ],
 )
 def test_what_cannot_be_painted_is_refused(changes, message):

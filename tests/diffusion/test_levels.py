@@ -24,7 +24,7 @@ def grid(a, b):
 
 
 def close(found, expected):
-    torch.testing.assert_close(found.flatten(), torch.tensor(expected), rtol=2e-6, atol=2e-6)
+    torch.testing.assert_close(found.flatten(), torch.tensor(expected), rtol=1e-5, atol=0)
 
 
 @pytest.fixture

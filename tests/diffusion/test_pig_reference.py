@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fairdiff_lightning.data.native import to_image_tensor
-from fairdiff_lightning.diffusion import antithetic_timesteps, build_scheduler
+from fairdiff_lightning.diffusion import antithetic_timesteps, build_scheduler, sample_pairs
 from fairdiff_lightning.networks.guided_unet import GuidedUNet
 
 RANGE = {"beta_start": 1e-4, "beta_end": 0.02}
@@ -43,6 +43,26 @@ def test_the_signal_that_is_left_and_what_it_does_to_errors(reference):
     assert kept.tolist() == pytest.approx(expected["alpha_bar"], rel=1e-6)
     assert (1 - kept).sqrt().tolist() == pytest.approx(expected["sqrt_1_minus"], rel=1e-5, abs=1e-6)
     assert gains == pytest.approx(expected["x0_error_gain_sqrt((1-a)/a)"], rel=1e-5, abs=1e-6)
+
+
+def walked(num_steps):
+    """The steps that DDIM with the settings of the paper takes a pair through, ascending."""
+    scheduler = build_scheduler("DDIMScheduler", {"num_train_timesteps": 1024, **SCHEDULES["linear"](1024)})
+    steps, noise = [], torch.zeros(1, 1)
+    predict = {"guider": lambda x, y, t: x, "target": lambda y, guide, t: y}
+    common = {"x": noise, "y": noise, "scheduler": scheduler, "num_steps": num_steps}
+    sample_pairs(**predict, **common, watch=lambda t, *_: steps.append(int(t)))
+    return steps[::-1]
+
+
+@pytest.mark.parametrize("num_steps", [4, 50, 256, 300])
+def test_the_steps_of_ddim_are_those_of_the_code(reference, num_steps):
+    """The code takes every (T // S)th step of all: more than S, and as many above ours, where S does not divide T."""
+    expected = reference("pig")["timestep_lists"]["uniform"][f"T=1024,S={num_steps}"]
+    listed = list(range(0, 1024, 1024 // num_steps))
+    assert (len(listed), listed[:3], listed[-2:]) == (expected["len"], expected["first3"], expected["last2"])
+    assert walked(num_steps) == listed[:num_steps]
+    assert (len(listed) == num_steps) == (1024 % num_steps == 0)
 
 
 def test_times_are_embedded_alike(reference):

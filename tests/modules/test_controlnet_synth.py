@@ -461,9 +461,7 @@ def test_a_samples_own_prompt_wins_where_a_text_encoder_reads_it(sd):
 
 def test_a_samples_own_prompt_that_no_text_encoder_reads_is_told_of_once():
     module, texts = tiny().eval(), ["left eye", "right eye", "eye"]
-    told = (
-        r"'s0' and others brings prompts such as 'left eye', but the base has no text encoder.*prompt='\{group\}'"
-    )
+    told = r"'s0' and others brings prompts such as 'left eye', but the base has no text encoder.*prompt='\{group\}'"
     with pytest.warns(UserWarning, match=told):
         made = module.generate(batch(prompt=texts))
     with warnings.catch_warnings():
@@ -477,9 +475,7 @@ def test_a_samples_own_prompt_that_no_text_encoder_reads_is_told_of_once():
 
 def test_without_a_text_encoder_each_prompt_of_the_data_is_learned(tmp_path):
     texts = ["left eye", "right eye"]
-    data = Contract(prompts=texts)
-    for place, sample in enumerate(data.samples):
-        sample["prompt"] = texts[place % 2]
+    data = with_texts(texts, texts)
     module = tiny(prompt=None, num_groups=None)
     run = trainer(tmp_path, max_epochs=2, callbacks=[TrainableEMA()], enable_checkpointing=True)
     run.fit(module, data)
@@ -489,7 +485,7 @@ def test_without_a_text_encoder_each_prompt_of_the_data_is_learned(tmp_path):
     asked = batch(prompt=["left eye", "right eye", "left eye"])
     made = again.generate(asked)["image"]
     assert not torch.equal(made[1], again.generate(asked | {"prompt": ["left eye"] * 3})["image"][1])
-    with pytest.raises(ValueError, match=r"prompt 'eye', of which no embedding is learned.*\['left eye', 'right eye'\]"):
+    with pytest.raises(ValueError, match=r"prompt 'eye', which has no embedding.*\['left eye', 'right eye'\]"):
         again.generate(asked | {"prompt": ["left eye", "eye", "eye"]})
     resumed = tiny(prompt=None, num_groups=None)
     trainer(tmp_path, max_epochs=3, callbacks=[TrainableEMA()]).fit(resumed, data, ckpt_path=path, weights_only=True)
@@ -503,9 +499,53 @@ def test_without_a_text_encoder_each_prompt_of_the_data_is_learned(tmp_path):
     assert torch.equal(more.prompts.encode(texts, more.device), saved.prompts.encode(texts, more.device))
 
 
+def with_texts(texts, told):
+    """A data module whose samples have these texts in turn, and which tells of others."""
+    data = Contract(prompts=told)
+    for place, sample in enumerate(data.samples):
+        sample["prompt"] = texts[place % len(texts)]
+    return data
+
+
+def saved_prompts(folder, data):
+    """The checkpoint after an epoch."""
+    run = trainer(folder, enable_checkpointing=True)
+    run.fit(tiny(prompt=None, num_groups=None), data)
+    return run.checkpoint_callback.best_model_path
+
+
+@pytest.mark.parametrize("told", [["right", "left"], ["left", "right", "eye"]])
+def test_prompts_keep_their_embeddings_in_a_run_that_resumes_with_others(tmp_path, told):
+    texts = ["left", "right"]
+    first = saved_prompts(tmp_path / "first", with_texts(texts, texts))
+    module, data = tiny(prompt=None, num_groups=None), with_texts(texts, told)
+    run = trainer(tmp_path / "second", enable_checkpointing=True, max_epochs=2)
+    run.fit(module, data, ckpt_path=first, weights_only=True)
+    again = ControlNetSynth.load_from_checkpoint(run.checkpoint_callback.best_model_path, weights_only=True)
+    before = ControlNetSynth.load_from_checkpoint(first, weights_only=True)
+    assert again.prompts.learned_texts == texts
+    torch.testing.assert_close(again.prompts.learned, before.prompts.learned, atol=0.1, rtol=0)
+    assert (before.prompts.learned[0] - before.prompts.learned[1]).abs().max() > 1, "each went on from its own"
+    trainer(tmp_path / "third").fit(again, data)  # a new run learns what it did not know, beside
+    assert set(again.prompts.learned_texts) == {"left", "right", *told}
+
+
+def test_prompts_that_no_sample_had_are_not_sampled_with(tmp_path):
+    path = saved_prompts(tmp_path, with_texts(["left", "right"], ["left", "right", "eye"]))
+    module = ControlNetSynth.load_from_checkpoint(path, weights_only=True).eval()
+    module.generate(batch(prompt=["left", "right", "left"]))
+    with pytest.raises(ValueError, match="nothing was learned for the prompt 'eye'"):
+        module.generate(batch(prompt=["left", "eye", "left"]))
+    module.save_pretrained(tmp_path / "pipeline")
+    parts = {"base": str(tmp_path / "pipeline"), "controlnet": str(tmp_path / "pipeline" / "controlnet")}
+    again = ControlNetSynth(**{**PLAIN, **parts, "prompt": None, "num_groups": None, "guidance_scale": 2.0}).eval()
+    with pytest.raises(ValueError, match="nothing was learned for the prompt 'eye'"):
+        again.generate(batch(prompt=["left", "eye", "left"]))
+
+
 def test_prompts_that_nobody_told_of_are_refused_without_a_text_encoder(tmp_path):
     module = tiny(prompt=None, num_groups=None)
-    with pytest.raises(ValueError, match=r"prompt 'left eye', of which no embedding is learned.*knows \[\]"):
+    with pytest.raises(ValueError, match=r"prompt 'left eye', which has no embedding.*knows \[\]"):
         module.losses(batch(prompt=["left eye"] * 3))
     with pytest.raises(ValueError, match="prompt=None needs 'prompt'"):
         module.losses(batch())

@@ -56,6 +56,25 @@ def test_averages_are_those_of_the_authors_code(reference, tmp_path):
     assert found == pytest.approx(expected, rel=1e-5)
 
 
+def test_exemplars_are_the_histograms_of_the_published_nodules_from_dark_to_bright(reference):
+    """Nodules of the published numbers of voxels, the brightest first, each beside others that nearly look alike."""
+    counts = torch.tensor(reference("lefusion")["cluster_exemplar_counts"]["lidc"])
+    values = (torch.arange(16) + 0.5) / 8 - 1
+    found = []
+    for row in counts.flip(0):
+        image = values.repeat_interleave(row).view(1, 1, 1, -1, 1)
+        found.append(lesion_histogram(image, torch.ones_like(image)).flatten(1))
+    expected = counts / counts.sum(1, keepdim=True)
+    torch.testing.assert_close(torch.cat(found).flip(0), expected, rtol=1e-5, atol=0)
+    moved = 0.01 * (torch.eye(16)[[10]] - torch.eye(16)[[12]])
+    beside = [row + sign * moved for row in found for sign in (1, -1)]
+    assert all((row >= 0).all() for row in beside)
+    bank = TextureBank(3, classes=1, bins=16)
+    bank.measure(torch.cat([*beside, *found]))
+    torch.testing.assert_close(bank.exemplars, expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(bank.centroids, expected, rtol=1e-5, atol=1e-7)
+
+
 def test_an_exemplar_is_the_histogram_of_the_published_hearts_lesion(reference):
     """Its voxels give the shipped row, each class divided by its own number of voxels: an infarct and its no-reflow."""
     counts = torch.tensor(reference("lefusion")["cluster_exemplar_counts"]["emidec"])

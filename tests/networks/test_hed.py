@@ -121,12 +121,33 @@ def test_levels_of_hed_are_those_of_the_reference_and_contours_are_at_full_stren
     assert levels.mean().item() == pytest.approx(want["mean"], abs=2e-3)
     assert levels.std(unbiased=False).item() == pytest.approx(want["std"], abs=2e-3)
     assert (levels.min(), levels.max()) == (want["min"], want["max"])
-    assert levels[0, 0] == want["px"][0]
+    for (y, x), level in zip(((0, 0), (32, 16), (10, 50), (63, 63)), want["px"], strict=True):
+        assert levels[y, x].item() == pytest.approx(level, abs=1)
     mask = torch.zeros(1, 64, 64, dtype=torch.int64)
     mask[:, 20:41, 7:30] = 1
     joined, contour = edges_of(image, mask, network), label_contour(mask).bool()
     assert (joined[contour] == 1).all()
     assert torch.equal(joined[~contour], edge[~contour])
+
+
+def test_the_picture_is_that_of_the_reference(reference):
+    want, picture = reference("diffboost")["synthetic_image"], synthetic_image()
+    assert (picture.sum(), picture.min(), picture.max()) == (want["sum"], want["min"], want["max"])
+    assert picture.mean() == pytest.approx(want["mean"], abs=1e-6)
+    assert [picture[y, x] for y, x in ((0, 0), (32, 32), (10, 50))] == [
+        want[f"px[{place}]"] for place in ("0,0", "32,32", "10,50")
+    ]
+
+
+def test_a_batch_of_grey_pictures_has_the_edges_of_one_and_colours_matter_as_in_the_reference(network, reference):
+    """The reference reads single images as RGB and batches as BGR; of its picture in colour only one number is told."""
+    want, grey = reference("diffboost")["hed"], as_images(synthetic_image())
+    batch = edges_of(grey.expand(2, 1, 64, 64), None, network)
+    assert (list(batch.shape), want["batch_edge_equals_call_for_gray"]) == (want["batch_edge_shape"], True)
+    torch.testing.assert_close(batch[1], edges_of(grey[0], None, network), atol=1.01 / 255, rtol=0)
+    colour = torch.cat([grey, grey, 1 - grey], 1)
+    rgb, bgr = (255 * edges_of(image, None, network) for image in (colour, colour.flip(1)))
+    assert (rgb - bgr).abs().max().item() == pytest.approx(want["colour_flip_max_abs_diff"], abs=1)
 
 
 def test_a_batch_is_its_images_one_by_one_at_odd_sizes(network):

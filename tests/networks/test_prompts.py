@@ -75,8 +75,10 @@ def test_embeddings_are_float32_whatever_the_encoder_computes_in():
 
 
 def test_learned_prompts_start_from_given_ones_of_the_same_number():
-    learned = torch.randn(4, 4, 6)
-    assert torch.equal(Prompts("{group}", 2, None, 6, learned=learned).learned, learned)
+    learned = {"prompts": torch.randn(4, 4, 6), "trained": torch.tensor([True, False, False, True])}
+    own = Prompts("{group}", 2, None, 6, learned=learned)
+    assert torch.equal(own.learned, learned["prompts"])
+    assert torch.equal(own.trained, learned["trained"])
     with pytest.raises(ValueError, match=r"shape \(4, 4, 6\), but this module learns \(5, 4, 6\)"):
         Prompts("{group}", 3, None, 6, learned=learned)
 
@@ -96,7 +98,12 @@ def test_texts_that_are_learned_later_leave_the_others_as_they_are(tmp_path):
     kept, empty, embeddings = own.encode(["bb"], CPU), own.empty(CPU), own.learned
     own.learn(["a", "bb"])
     assert own.learned is embeddings, "nothing is new"
+    own.encode(["bb"], CPU)
+    assert own.trained.tolist() == [False, True, False]
     own.learn(["ccc", "bb"])
+    assert own.trained.tolist() == [False, True, False]
+    own.learn(["bb", "ccc"])
+    assert own.trained.tolist() == [True, False, False]
     assert own.learned.shape == (3, 4, 6)
     assert own.encode(["bb"], CPU).equal(kept)
     assert own.empty(CPU).equal(empty)
@@ -106,6 +113,24 @@ def test_texts_that_are_learned_later_leave_the_others_as_they_are(tmp_path):
     assert again.encode(["bb", "ccc"], CPU).equal(own.encode(["bb", "ccc"], CPU))
     with pytest.raises(ValueError, match=r"learned_prompts=\['a'\]: the base has a text encoder"):
         Prompts(None, 0, PromptEncoder(tokenizer, Lengths()), 2).learn(["a"])
+
+
+def test_an_embedding_that_nothing_trained_is_named_and_not_sampled_with():
+    own = Prompts("eye of {group}", 2, None, 6, texts=["eye", "nose"])
+    own.check_trained(own.rows(torch.tensor([0, -1])))  # of weights that nobody trained any
+    own(torch.tensor([1, 1]))
+    own.encode(["eye"], CPU)
+    own.check_trained(own.rows(["eye"]))
+    own.check_trained(own.rows(torch.tensor([1])))
+    with pytest.raises(ValueError, match="nothing was learned for the prompt 'nose': no training sample had it"):
+        own.check_trained(own.rows(["eye", "nose"]))
+    with pytest.raises(ValueError, match=r"for group '0' of the prompt 'eye of \{group\}'"):
+        own.check_trained(own.rows(torch.tensor([1, 0])))
+    own.names = ["a", "bb"]
+    with pytest.raises(ValueError, match=r"for group 'unknown' of the prompt"):
+        own.check_trained(own.rows(torch.tensor([-1])))
+    own.eval()(torch.tensor([0]))
+    assert own.trained.tolist() == [False, True, False, True, False, False], "sampling trains nothing"
 
 
 class Words:

@@ -48,7 +48,8 @@ def test_draws_are_what_was_asked_for_and_of_their_own_seed(bank):
 def test_another_bank_loads_as_many_lesions_as_there_were(bank):
     again = TextureBank(3, classes=1, bins=16)
     again.load_state_dict(bank.state_dict())
-    assert torch.equal(again.histograms, bank.histograms)
+    for name in ("histograms", "centroids", "exemplars"):
+        assert torch.equal(getattr(again, name), getattr(bank, name))
     assert torch.equal(
         again.draw("random", generators(torch.arange(4))), bank.draw("random", generators(torch.arange(4)))
     )
@@ -81,8 +82,26 @@ def test_unknown_textures_are_refused(bank):
         bank.draw("solid", random)
     with pytest.raises(ValueError, match="no training lesion was measured"):
         TextureBank(3, 1, 16).draw("random", random)
-    with pytest.raises(ValueError, match="2 training lesions make no 3 textures"):
-        TextureBank(3, 1, 16).measure(peaks(2, 2, 0))
+    with pytest.raises(ValueError, match="textures 0; expected is 1 prototype or more"):
+        TextureBank(0, 1, 16)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (peaks(2, 2, 0), "2 real training lesions with 2 different histograms make no 3 textures. Ask for at most 2"),
+        (peaks(2, 2, 0).repeat(4, 1), "8 real training lesions with 2 different histograms.*Ask for at most 2 `text"),
+        (peaks(2, 0, 0), "0 real training lesions with 0 different histograms make no 3 textures. Train on more"),
+    ],
+    ids=["few", "alike", "none"],
+)
+def test_no_two_prototypes_are_one(rows, message):
+    with pytest.raises(ValueError, match=message):
+        TextureBank(3, 1, 16).measure(rows)
+    if len(rows):
+        bank = TextureBank(2, 1, 16)
+        bank.measure(rows)
+        assert len(bank.centroids.unique(dim=0)) == len(bank.exemplars.unique(dim=0)) == 2
 
 
 def test_prototypes_of_several_classes_have_a_sum_of_1_in_each():
