@@ -1,5 +1,7 @@
 """Draws real and synthetic samples and the synthetic ones' masks, two of each group, into a picture.
 
+A group without synthetic samples shows its real ones with their own masks.
+
 ``python examples/show_synthetic.py runs/fairdiff/controlnet/synthetic --output runs/fairdiff/samples.png``
 """
 
@@ -7,6 +9,8 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+
+import torch
 
 from fairdiff_lightning.callbacks.figures import class_colours, picture_grid
 from fairdiff_lightning.data import DBTDataModule, FairSegDataModule, PictureFrame, SegmentationDataset
@@ -23,7 +27,7 @@ def main(
     dataset: str = "fairseg",
     per_group: int = 2,
 ) -> None:
-    """Draw ``per_group`` columns for each group that has synthetic samples, beside real ones of it where there are."""
+    """Draw ``per_group`` columns for each group, beside real samples of others where it has none."""
     data = MODULES[dataset](root, [attribute], synthetic=[synthetic])
     data.prepare_data()
     data.setup()
@@ -35,16 +39,16 @@ def main(
     names = data.attribute_groups[attribute]
     real, made = pick(made=False), pick(made=True)
     anyone = [r for r in data.splits["train"] if not r.synthetic][:per_group]
-    pairs = [(a, b) for g in made for a, b in zip(real[g] or anyone, made[g], strict=False)]
-    size = data.dataset.read_mask(pairs[0][1]).shape
+    pairs = [pair for g in made for pair in zip(real[g] or anyone, made[g] or real[g], strict=False)]
+    size = data.dataset.read_mask(next(b for _, b in pairs if b.synthetic)).shape
     frame = PictureFrame((size[0], size[1]), data.frame.crop)
     left, right = (SegmentationDataset(data.dataset, side, [attribute], frame) for side in zip(*pairs, strict=True))
     rows = {
         "real": [sample["image"] for sample in left],
         "mask": [class_colours(sample["mask"]) for sample in right],
-        "synthetic": [sample["image"] for sample in right],
+        "synthetic": [s["image"] if s["synthetic"] else torch.ones_like(s["image"]) for s in right],
     }
-    titles = [names[int(sample["attributes"][attribute])] for sample in right]
+    titles = [names[int(s["attributes"][attribute])] + ("" if s["synthetic"] else ", none made") for s in right]
     with atomic_path(Path(output)) as path:
         picture_grid(rows, titles).savefig(path, dpi=160, format="png")
 

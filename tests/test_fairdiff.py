@@ -148,6 +148,7 @@ def test_the_pipelines_commands_lead_to_the_comparison(tmp_path, capsys, monkeyp
         words = [w.replace("=477", "=180") for w in words]
         main([*words, *SIZE, *TINY[part], *QUIET[2:], *(length if command[0] == "fit" else [])])
     sys.path.insert(0, str(REPOSITORY / "examples"))
+    import adherence as show_adherence
     import compare_runs
     import show_synthetic
 
@@ -160,6 +161,16 @@ def test_the_pipelines_commands_lead_to_the_comparison(tmp_path, capsys, monkeyp
         "| oversampled",
         "| Equal Scale",
     ]
+    segmenter = str(newest_checkpoint(Path("runs/fairdiff/real"), "last"))
+    judged = show_adherence.main([picture[1]], segmenter, image_size=32)
+    assert [row[:2] for row in judged][-4:] == [
+        ("real test images", "all"),
+        ("synthetic images", "Asian"),
+        ("synthetic images", "Black"),
+        ("synthetic images", "all"),
+    ]
+    assert [count for _, name, count, _ in judged if name == "all"] == [100, len(rows(picture[1]))]
+    assert all(0 <= score <= 1 for *_, score in judged)
     masks = {row["id"]: row for row in rows("runs/fairdiff/points/synthetic")}
     made = rows("runs/fairdiff/controlnet/synthetic")
     assert {row["condition"] for row in made} <= masks.keys()

@@ -155,6 +155,11 @@ class PointDiffusion(GenerativeModule):
             normalization, terminal_snr, time, decoder = "reference", "reference", "beta", "closing"
         self.image_size = (image_size, image_size) if isinstance(image_size, int) else image_size
         self.structures = _structures(num_classes)
+        if decoder == "closing" and len(self.structures) != 2:
+            raise ValueError(
+                f"num_classes={num_classes}: decoder='closing', which reference_behaviour takes too, is FairDiff's own "
+                "for a disc and a cup, 3 classes with the background. Set decoder='polygon', no reference_behaviour."
+            )
         self.num_points, self.kl_weight, self.unknown_share = num_points, kl_weight, unknown_share
         self.time = time
         self.decoder: DecodeMethod = decoder

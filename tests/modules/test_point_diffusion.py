@@ -499,3 +499,9 @@ def test_training_brings_the_clouds_near_the_real_ones_and_tells_the_groups_apar
     (small, large), after = spread_and_distance()
     assert after < before / 2
     assert large > 1.1 * small
+
+
+@pytest.mark.parametrize("arguments", [{"decoder": "closing"}, {"reference_behaviour": True}])
+def test_fairdiffs_own_decoder_is_refused_for_other_structures_than_a_disc_and_a_cup(arguments):
+    with pytest.raises(ValueError, match=r"num_classes=4: decoder='closing'.* Set decoder='polygon'"):
+        PointDiffusion(num_classes=4, image_size=64, **arguments)
