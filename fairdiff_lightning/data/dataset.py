@@ -133,11 +133,13 @@ class SegmentationDataset(Dataset[Sample]):
         reader = (type(self.dataset).__module__, type(self.dataset).__qualname__, self.dataset.version)
         settings = (sorted(vars(self.dataset).items()), self.frame, self.num_points)
         if layout is None:
-            return open_file_cache(storage, [_key(record, reader, settings, record.id) for record in self._distinct])
+            keyed = self._distinct if storage == "disk" else ()  # keys read from every file
+            return open_file_cache(storage, [_key(record, reader, settings, record.id) for record in keyed])
         if self.num_points is not None:
             layout = {**layout, "points": ((self.num_points, 3), np.float32)}
         names = [record.id for record in self._distinct]  # slices of one volume have the same files
-        return open_cache(storage, fingerprint(files, reader, settings, names), len(names), layout)
+        key = fingerprint(files, reader, settings, names) if storage == "disk" else ""
+        return open_cache(storage, key, len(names), layout)
 
 
 def _key(record: Record, *settings: object) -> str:

@@ -29,7 +29,7 @@ class Record:
         files: role (image, mask) -> path.
         attributes: attribute -> group index, -1 when unknown.
         unit: patient or lesion; a split never cuts it.
-        split: ``train`` or ``test`` when the owner publishes a split, else None.
+        split: ``train``, ``val`` or ``test`` when the owner publishes a split, else None.
         synthetic: whether a generator made it.
         source: id of the real case that a synthetic one was derived from.
         digest: of how a synthetic one was made; tells it from another of the same id, empty when unknown.

@@ -70,8 +70,9 @@ class NativeDataModule(ModuleFacts, LightningDataModule):
         num_workers: loader processes.
         fractions: shares of train, val and test among the patients or lesions.
         split_seed: seed of the split, or of the division into folds.
-        fold: number of the fold of patients or lesions that is the test split, whatever the owner's; None splits by
-            ``fractions``, whose first two then divide the other folds.
+        fold: number of the fold of patients or lesions that is the test split; ``fractions``' first two then divide the
+            other folds. Where the owner marks cases as ``test``, these stay it, and the fold is the validation split.
+            None splits by ``fractions``.
         num_folds: folds that they are divided into.
         groups: attribute -> names of the groups to keep in all splits; a filter moves no case to another split.
         drop_unknown: leave out samples of which one of ``attributes`` is unknown.

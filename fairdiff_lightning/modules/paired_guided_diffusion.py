@@ -89,7 +89,7 @@ class PairedGuidedDiffusion(GenerativeModule):
         sampler: diffusers' scheduler that samples.
         sampler_args: its arguments; steps even in log SNR for DPM-Solver++ by default.
         gradient_checkpointing: recompute activations in the backward pass, to save memory.
-        channels_last: memory format of the networks; on a CPU it speeds up bfloat16 sampling and slows down training.
+        channels_last: memory format of the networks, which speeds up training and sampling.
         compile: compile the networks in place before the first step.
         num_validation_samples: pairs that each validation generates, over all devices.
         reference_behaviour: restore what the table below says.

@@ -40,6 +40,8 @@ def test_image_and_edge_move_as_in_the_reference(reference, name, zoom):
     assert float(found.mean()) == pytest.approx(expected["img_mean"], abs=border + 1e-5)
     assert float(found.std()) == pytest.approx(expected["img_std"], abs=border + 1e-4)
     assert float(lines.sum()) == pytest.approx(expected["edge_sum"], rel=1e-6 if degrees == 0 else 2.2e-3)
+    twice = moved(image, [1.0], [degrees], edge=moved(image, [zoom], [0.0], edge=edge)[2])[2]
+    assert float(twice.sum()) == pytest.approx(expected["edge_sum"], rel=2e-4), "resampled as often as there"
     assert float(lines[0, 0, 0].sum()) == expected.get("edge_row0_sum", 0.0)
     assert float(lines.max()) == pytest.approx(1, abs=1e-4)
     if zoom > 1 or degrees:
