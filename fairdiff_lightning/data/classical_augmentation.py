@@ -18,6 +18,10 @@ Draws = torch.Generator | None
 Change = Literal["contrast", "gamma", "seldom_gamma", "brightness", "noise", "low_resolution"]
 
 
+CONSTANT = 1e-5
+"""Range, against the largest value or 1, up to which an image is constant: resampling one leaves rounding."""
+
+
 @dataclass(frozen=True)
 class Geometry:
     """A random move.
@@ -120,6 +124,8 @@ class ClassicalAugmentation(nn.Module):
             )
         if mask.shape != (len(image), 1, *image.shape[2:]):
             raise ValueError(f"mask has shape {tuple(mask.shape)} for an image of shape {tuple(image.shape)}.")
+        if not len(image):
+            return image, mask
         low, high = self.intensity_range
         pairs = zip((image - low) * (2 / (high - low)) - 1, mask, strict=True)
         changed, labels = zip(*(self._change(*pair, generator) for pair in pairs), strict=True)
@@ -138,10 +144,16 @@ class ClassicalAugmentation(nn.Module):
 
 
 def stretch(image: Tensor, low: float = -1.0, high: float = 1.0) -> Tensor:
-    """Scale each image (B, ...) linearly to [low, high]; a constant one becomes ``low``."""
+    """Scale each image (B, ...) linearly to [low, high]; one that is constant, but for rounding, becomes ``low``."""
     from monai.transforms import rescale_array
 
-    return torch.stack([rescale_array(sample, 0.0, 1.0, dtype=None) for sample in image]) * (high - low) + low
+    if not len(image):
+        return image
+    flat = image.flatten(1)
+    constant = flat.amax(1) - flat.amin(1) <= CONSTANT * flat.abs().amax(1).clamp_min(1)
+    scaled = torch.stack([rescale_array(sample, 0.0, 1.0, dtype=None) for sample in image])
+    shape = (-1, *[1] * (image.dim() - 1))
+    return scaled.where(~constant.view(shape), scaled.new_zeros(())) * (high - low) + low
 
 
 def move(image: Tensor, mask: Tensor, geometry: Geometry, generator: Draws = None) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import cast
 
 import numpy as np
@@ -44,7 +45,7 @@ class SegmentationDataset(Dataset[Sample]):
             :func:`~fairdiff_lightning.geometry.mask_to_points`.
         patch: give a block of each volume, another one in each epoch, instead of the volume.
         partners: also give a synthetic image of the same mask, under ``partner``, read from its file each time; which
-            one, the epoch tells, where the index is a pair of a place and an epoch.
+            one, the index tells: a place, an epoch, and how often the epoch has shown the sample before.
         caption: also give a text, under ``prompt``.
     """
 
@@ -73,13 +74,14 @@ class SegmentationDataset(Dataset[Sample]):
     def __len__(self) -> int:
         return len(self.records)
 
-    def __getitem__(self, index: int | tuple[int, int]) -> Sample:
-        place, epoch = index if isinstance(index, tuple) else (index, 0)
+    def __getitem__(self, index: int | tuple[int, int, int]) -> Sample:
+        place, epoch, visit = index if isinstance(index, tuple) else (index, 0, 0)
+        turn = (epoch, visit) if visit else (epoch,)
         record, row = self.records[place], self._rows[place]
         arrays = self._cache.get(row, lambda i: self.decode(self._distinct[i]))
-        partner = self._partner(record, epoch, arrays)
+        partner = self._partner(record, turn, arrays)
         if self.patch is not None:
-            block, frame = self.patch.draw(arrays[1], epoch, place), cast(VolumeFrame, self.frame)
+            block, frame = self.patch.draw(arrays[1], *turn, place), cast(VolumeFrame, self.frame)
             arrays, partner = frame.cut(arrays, block), frame.cut(partner, block) if partner else None
         sample = {
             **self.frame.tensors(arrays),
@@ -110,10 +112,10 @@ class SegmentationDataset(Dataset[Sample]):
         arrays = self.frame.decode(self.dataset, record)
         return arrays if self.num_points is None else (*arrays, self._outline(arrays[1], record))
 
-    def _partner(self, record: Record, epoch: int, arrays: Arrays) -> Arrays | None:
+    def _partner(self, record: Record, turn: Sequence[int], arrays: Arrays) -> Arrays | None:
         if self.partners is None:
             return None
-        return read_partner(self.partners, record, epoch, arrays, self.dataset, self.frame)
+        return read_partner(self.partners, record, turn, arrays, self.dataset, self.frame)
 
     def _outline(self, mask: NDArray[np.uint8], record: Record) -> NDArray[np.float32]:
         structures = StructureSpec(self.dataset.classes[1:])
@@ -134,12 +136,18 @@ class SegmentationDataset(Dataset[Sample]):
         settings = (sorted(vars(self.dataset).items()), self.frame, self.num_points)
         if layout is None:
             keyed = self._distinct if storage == "disk" else ()  # keys read from every file
-            return open_file_cache(storage, [_key(record, reader, settings, record.id) for record in keyed])
+            return open_file_cache(storage, [_key(record, reader, settings, _reading(record)) for record in keyed])
         if self.num_points is not None:
             layout = {**layout, "points": ((self.num_points, 3), np.float32)}
-        names = [record.id for record in self._distinct]  # slices of one volume have the same files
-        key = fingerprint(files, reader, settings, names) if storage == "disk" else ""
-        return open_cache(storage, key, len(names), layout)
+        read = [_reading(record) for record in self._distinct]
+        key = fingerprint(files, reader, settings, read) if storage == "disk" else ""
+        return open_cache(storage, key, len(read), layout)
+
+
+def _reading(record: Record) -> tuple[object, ...]:
+    """What beside the files says what is read: the id, since slices of a volume share a file, and a subclass's own."""
+    known = {field.name for field in fields(Record)}
+    return record.id, *((f.name, getattr(record, f.name)) for f in fields(record) if f.name not in known)
 
 
 def _key(record: Record, *settings: object) -> str:

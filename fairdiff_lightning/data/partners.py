@@ -31,14 +31,14 @@ def find_partners(real: Sequence[Record], made: Sequence[Record], num_synthetic:
 
 
 def read_partner(
-    index: PartnerIndex, record: Record, epoch: int, real: Arrays, dataset: NativeDataset, frame: Frame
+    index: PartnerIndex, record: Record, turn: Sequence[int], real: Arrays, dataset: NativeDataset, frame: Frame
 ) -> Arrays:
-    """Decode a real sample's partner in an epoch; one without any is its own.
+    """Decode a real sample's partner at its turn; one without any is its own.
 
     Args:
         index: knows the partners.
         record: of the real sample.
-        epoch: of the draw.
+        turn: epoch, and how often it has shown the sample before.
         real: its arrays, image and mask first.
         dataset: reads the partner.
         frame: what of it is given.
@@ -46,7 +46,7 @@ def read_partner(
     Raises:
         InvalidSampleError: for a partner of another size or another mask, which the real sample's mask would not fit.
     """
-    partner = index.draw(record, epoch)
+    partner = index.draw(record, *turn)
     if partner is None:
         return real
     found = frame.decode(dataset, partner)

@@ -195,12 +195,12 @@ class PartnerIndex:
         """The synthetic samples that a real one may be merged with."""
         return self._partners[record.id]
 
-    def draw(self, record: Record, epoch: int) -> Record | None:
-        """The partner of a real sample in an epoch, always the same for one seed; None without any."""
+    def draw(self, record: Record, *turn: int) -> Record | None:
+        """The partner of a real sample at a turn (its epoch and others), the same for one seed; None without any."""
         partners = self.partners(record)
         if not partners:
             return None
-        draws = seeded(self.seed, "partner", epoch, record.id)
+        draws = seeded(self.seed, "partner", *turn, record.id)
         return partners[int(torch.randint(len(partners), (1,), generator=draws))]
 
     def _partners_of_source(self, record: Record) -> list[Record]:

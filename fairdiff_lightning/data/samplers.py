@@ -40,11 +40,18 @@ class GroupBalancedSampler(DistributedSampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         """Sample indices of this rank for the current epoch."""
+        return (index for index, _ in self.visits())
+
+    def visits(self) -> Iterator[tuple[int, int]]:
+        """The same indices, each with how often the epoch has shown that sample before, on any device."""
         random = generator(self.seed, self.epoch)
         columns = [_repeated_permutations(m, self.rounds, random) for m in self.members]
         order = torch.stack(columns, 1)
+        before = torch.stack([torch.arange(self.rounds) // len(m) for m in self.members], 1)
         within_round = torch.argsort(torch.rand(order.shape, generator=random), 1)
-        return iter(order.gather(1, within_round)[self.rank :: self.num_replicas].flatten().tolist())
+        mine = slice(self.rank, None, self.num_replicas)
+        indices, counts = (of.gather(1, within_round)[mine].flatten().tolist() for of in (order, before))
+        return zip(indices, counts, strict=True)
 
 
 class SequentialShards(DistributedSampler[int]):
@@ -74,7 +81,7 @@ def _repeated_permutations(members: torch.Tensor, count: int, random: torch.Gene
 
 
 class EpochSampler(DistributedSampler[Any]):
-    """Yields (index, epoch) of another sampler's indices: loader processes draw blocks and partners from the epoch.
+    """Yields (index, epoch, visit) of another sampler's indices: loader processes draw blocks and partners from these.
 
     Args:
         sampler: the other one.
@@ -84,9 +91,11 @@ class EpochSampler(DistributedSampler[Any]):
         super().__init__(sampler.dataset, sampler.num_replicas, sampler.rank, shuffle=False)
         self.sampler = sampler
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        """The indices of this rank, each with the current epoch."""
-        return ((index, self.sampler.epoch) for index in self.sampler)
+    def __iter__(self) -> Iterator[tuple[int, int, int]]:
+        """The indices of this rank, with the current epoch and how often it has shown the sample before."""
+        sampler = self.sampler
+        visits = sampler.visits() if isinstance(sampler, GroupBalancedSampler) else ((index, 0) for index in sampler)
+        return ((index, sampler.epoch, visit) for index, visit in visits)
 
     def __len__(self) -> int:
         return len(cast(Sized, self.sampler))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -10,7 +9,6 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
@@ -31,6 +29,7 @@ from fairdiff_lightning.diffusion.weighting import min_snr_weights
 from fairdiff_lightning.modules.adherence import MaskJudge
 from fairdiff_lightning.modules.data_facts import check_data, check_requests, chosen_attribute, group_of
 from fairdiff_lightning.modules.generative import GenerativeModule, rounds_of
+from fairdiff_lightning.modules.learned_prompts import LearnedPrompts
 from fairdiff_lightning.modules.partly_trained import PartlyTrained
 from fairdiff_lightning.modules.saved_pipeline import save_pipeline, saved_training_cases
 from fairdiff_lightning.networks.checkpoint import LoadReport, Source, describe, read_state_dict
@@ -45,7 +44,7 @@ SHARED_NOISES = 50
 """That DiffBoost's code draws every slice's samples from, each once."""
 
 
-class ControlNetSynth(PartlyTrained, GenerativeModule):
+class ControlNetSynth(LearnedPrompts, PartlyTrained, GenerativeModule):
     """Image synthesis under masks or edge maps, with a prompt that names the patient's group.
 
     Li et al., *FairDiff: Fair Segmentation with Point-Image Diffusion*, MICCAI 2024, arXiv:2407.06250 (masks), and
@@ -184,7 +183,7 @@ class ControlNetSynth(PartlyTrained, GenerativeModule):
         learned = (parts.texts, parts.learned)
         self.prompts = Prompts(prompt, count, parts.prompts, width, negative_prompt, mixture, *learned)
         if learned_prompts is not None:
-            self._learn_prompts(learned_prompts)
+            self.learn_prompts(learned_prompts)
         self.prompts.names = group_names
         if parts.learned is None:
             self.prompts.check_guidance(guidance_scale, self.text_dropout)
@@ -220,18 +219,12 @@ class ControlNetSynth(PartlyTrained, GenerativeModule):
         if h["group_names"] is None and self._named_groups and hasattr(data, "attribute_groups"):
             h["group_names"] = self.prompts.names = list(data.attribute_groups[self.attribute])
         if stage == "fit" and self.prompts.encoder is None:
-            self._learn_prompts([*self.prompts.learned_texts, *getattr(data, "prompts", ())])
+            self.learn_prompts_of(data)
         if stage in ("fit", "validate") and h["adherence"] is not None and self._judge is None:
             self._judge = MaskJudge(h["adherence"], h["num_classes"], h["in_channels"])
         if h["compile"]:
             self.unet.compile()
             self.controlnet.compile()
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Have an embedding for each text that the checkpoint has one for."""
-        if self.prompts.learned is not None:
-            self._learn_prompts(checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY].get("learned_prompts") or [])
-        super().on_load_checkpoint(checkpoint)
 
     def forward(self, noisy: Tensor, steps: Tensor, prompts: Tensor, condition: Tensor) -> Tensor:
         """What the network predicts (B, c, h, w) for noisy latents at steps (B,)."""
@@ -257,6 +250,8 @@ class ControlNetSynth(PartlyTrained, GenerativeModule):
         prompts = self._prompts_of(batch)
         if self.training:
             prompts = self.prompts.drop(prompts, self.text_dropout)
+            if self.prompts.learned is not None:
+                self.prompts.mark_trained(self.prompts.rows(self._own_prompts(batch)), self.text_dropout)
         predicted = self(add_noise(self.noise, clean, noise, steps), steps, prompts, self.condition(batch))
         error = F.mse_loss(predicted.float(), training_target(self.noise, clean, noise, steps), reduction="none")
         each, gamma = error.flatten(1).mean(1), self.hparams["min_snr_gamma"]
@@ -285,7 +280,8 @@ class ControlNetSynth(PartlyTrained, GenerativeModule):
         rounds = rounds_of(requests, needed=bool(shared or (mixture and mixture.counts_rounds)))
         seeds = requests["seed"] if shared is None else rounds % shared
         if self.prompts.learned is not None:
-            self._check_trained(requests)
+            rows = self.prompts.rows(self._own_prompts(requests))
+            self.check_trained(rows, guided=self.hparams["guidance_scale"] != 1)
         images = self.sample(self.condition(requests), self._prompts_of(requests, rounds), seeds)
         made = {"image": images}
         return made | ({"mask": resize_labels(requests["mask"], self.image_size)} if "mask" in requests else {})
@@ -376,11 +372,6 @@ class ControlNetSynth(PartlyTrained, GenerativeModule):
         """
         save_pipeline(Path(folder), self.to_pipeline(), self.prompts, self.training_cases)
 
-    def _learn_prompts(self, texts: Sequence[str]) -> None:
-        """Have an embedding for each text, in this order, which goes into checkpoints beside them."""
-        self.prompts.learn(texts)
-        self.hparams["learned_prompts"] = self.prompts.learned_texts
-
     def _prompts_of(self, batch: Sample, rounds: Tensor | None = None) -> Tensor:
         """Embeddings (B, L, D) of the samples' prompts; with rounds (B,), in sampling, of what the mixture makes."""
         rounds = rounds if self.prompts.mixture is not None else None
@@ -399,15 +390,6 @@ class ControlNetSynth(PartlyTrained, GenerativeModule):
         if self._named_groups:
             return group_of(batch, str(self.attribute))
         return torch.zeros(len(batch["id"]), dtype=torch.int64, device=self.device)
-
-    def _check_trained(self, requests: Sample) -> None:
-        """Refuse prompts that nothing was learned for; while training goes on, a warning tells of them."""
-        try:
-            self.prompts.check_trained(self.prompts.rows(self._own_prompts(requests)))
-        except ValueError as error:
-            if self._trainer is None or self.trainer.state.fn != TrainerFn.FITTING:
-                raise
-            rank_zero_warn(f"validation samples: {error}")
 
     def _freeze(self, trained: str) -> None:
         if trained == "all":

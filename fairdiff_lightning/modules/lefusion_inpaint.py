@@ -219,12 +219,7 @@ class LeFusionInpaint(LesionDiffusion):
                 f"{self.hparams['texture']!r} draws any. Set texture='group' (--model.texture=group), or ask for no "
                 "groups (--data.attributes=[])."
             )
-        textures = getattr(getattr(data, "generate", None), "textures", None)
-        if textures and self.hparams["conditioning"] is None:
-            raise ValueError(
-                f"generate: textures={list(textures)} for a model with conditioning=None, which knows of none: every "
-                "lesion would come out once for each, alike. Leave them out, or train with conditioning='film'."
-            )
+        self._check_textures(getattr(data, "generate", None))
         if self.hparams["compile"]:
             for network in networks_of(self.network):
                 network.compile()
@@ -319,6 +314,23 @@ class LeFusionInpaint(LesionDiffusion):
         dropped = torch.arange(2, device=noisy.device).repeat_interleave(len(noisy)) == 0
         both = network(torch.cat([noisy] * 2), step, torch.cat([condition] * 2), dropped)
         return guide(both.float(), scale)
+
+    def _check_textures(self, plan: Any) -> None:
+        """Refuse a plan's textures that the model does not know, before anything is made."""
+        textures = list(getattr(plan, "textures", None) or ())
+        if textures and self.hparams["conditioning"] is None:
+            raise ValueError(
+                f"generate: textures={textures} for a model with conditioning=None, which knows of none: every "
+                "lesion would come out once for each, alike. Leave them out, or train with conditioning='film'."
+            )
+        names = [one for one in textures if isinstance(one, str) and not one.endswith(".npy")]
+        for name in names:
+            self.bank.check(name)
+        if len(names) < len(textures) and plan.texture_bins != self.hparams["bins"]:
+            raise ValueError(
+                f"generate: texture_bins={plan.texture_bins} for a model of bins={self.hparams['bins']}: give "
+                f"histograms of {self.hparams['bins']} bins, and texture_bins={self.hparams['bins']}."
+            )
 
     def _mislabels(self) -> bool:
         return self.hparams["conditioning"] is not None and self.hparams["texture"] != "group"

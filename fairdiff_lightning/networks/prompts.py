@@ -178,6 +178,7 @@ class Prompts(nn.Module):
         rows = [old[self._rows[text]] if text in self._rows else row for text, row in zip(new, fresh, strict=True)]
         self.learned = nn.Parameter(torch.cat([old[: self._own_rows], *(row[None] for row in rows), old[-1:]]))
         seen, place = self.trained, torch.tensor([self._rows.get(text, -1) for text in new], dtype=torch.int64)
+        place = place.to(seen.device)
         self.trained = torch.cat([seen[: self._own_rows], seen[place] & (place >= 0), seen[-1:]])
         self._rows = {text: self._own_rows + row for row, text in enumerate(new)}
 
@@ -186,6 +187,17 @@ class Prompts(nn.Module):
         if isinstance(of, Tensor):
             return torch.where(of < 0, self.num_groups, of)
         return torch.tensor([self._rows[text] for text in of])
+
+    def mark_trained(self, rows: Tensor, dropout: float) -> None:
+        """Note which learned embeddings training samples had.
+
+        Args:
+            rows: see :meth:`rows`.
+            dropout: share of the samples that had the empty prompt instead.
+        """
+        assert self.trained is not None, "a text encoder reads any text"
+        self.trained[rows.to(self.trained.device, non_blocking=True)] = True
+        self.trained[-1] |= dropout > 0
 
     def check_trained(self, rows: Tensor) -> None:
         """Refuse to sample with learned embeddings that no training sample had, if others were trained.
@@ -208,7 +220,7 @@ class Prompts(nn.Module):
     def forward(self, group: Tensor) -> Tensor:
         """Embeddings (B, L, D) for the groups (B,) of samples, -1 for unknown; zeros when the template names none."""
         rows = self.rows(group)
-        return self._own(*self._texts(), device=group.device)[rows] if self.learned is None else self._look_up(rows)
+        return (self._own(*self._texts(), device=group.device) if self.learned is None else self.learned)[rows]
 
     def texts(self, group: Tensor) -> list[str]:
         """The prompts of samples by their groups (B,), as text."""
@@ -218,7 +230,7 @@ class Prompts(nn.Module):
     def encode(self, texts: Sequence[str], device: torch.device, rounds: Tensor | None = None) -> Tensor:
         """Embeddings (B, L, D) of texts, or of what the mixture makes of them for samples of these rounds (B,)."""
         if self.learned is not None:
-            return self._look_up(self.rows(texts).to(device, non_blocking=True))
+            return self.learned[self.rows(texts).to(device, non_blocking=True)]
         assert self.encoder is not None, "only a text encoder knows what a text means"
         if self.mixture is None or rounds is None:
             return self.encoder(texts, device)
@@ -288,16 +300,10 @@ class Prompts(nn.Module):
                 "reference_behaviour makes it). Set guidance_scale=1, or text_dropout above 0."
             )
 
-    def _look_up(self, rows: Tensor) -> Tensor:
-        """Learned embeddings (B, L, D) of some rows; training notes which."""
-        assert self.learned is not None
-        assert self.trained is not None
-        if self.training:
-            self.trained[rows] = True
-        return self.learned[rows]
-
     def _name(self, row: int) -> str:
         """What a learned embedding is of, for a message."""
+        if row == -1:
+            return "the empty prompt, which guidance leads away from"
         if row >= self._own_rows:
             return f"the prompt '{self.learned_texts[row - self._own_rows]}'"
         if not self.num_groups:

@@ -2,7 +2,7 @@ import errno
 import gzip
 import os
 import warnings
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -18,6 +18,7 @@ from fairdiff_lightning.data.cache import (
     allocate_in_memory,
     fingerprint,
 )
+from fairdiff_lightning.data.native import Record
 
 LAYOUT = {"images": ((1, 2, 2), np.uint8), "masks": ((2, 2), np.uint8)}
 
@@ -105,6 +106,28 @@ def test_samples_of_one_file_are_kept_apart(records, storage):
         several = [replace(records[0], id=str(40 * k)) for k in chosen]
         data = SegmentationDataset(Sliced(), several, [], frame=PictureFrame((8, 8)), cache=storage)
         assert [round(float(sample["image"].max() * 255)) for sample in data] == [40 * k for k in chosen]
+
+
+@dataclass(frozen=True)
+class Part(Record):
+    """A record that says itself which part of its file is read."""
+
+    grey: int = 0
+
+
+class Parted(HAM10000):
+    def read_arrays(self, record):
+        image, mask = super().read_arrays(record)
+        return np.full_like(image, record.grey), mask
+
+
+def test_what_a_record_says_of_its_reading_is_in_the_key(records):
+    """As the series of a DICOM folder, which a table may change."""
+    for size in ((8, 8), None):
+        for grey in (40, 120):
+            part = Part(**vars(records[0]), grey=grey)
+            data = SegmentationDataset(Parted(), [part], [], frame=PictureFrame(size), cache="disk")
+            assert round(float(data[0]["image"].max() * 255)) == grey
 
 
 def test_the_key_names_files_and_settings(tmp_path):

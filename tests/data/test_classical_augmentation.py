@@ -261,3 +261,17 @@ def test_batches_that_do_not_fit_are_named():
         ClassicalAugmentation("noise")(mask, mask)
     with pytest.raises(ValueError, match=r"mask has shape \(5, 1, 12, 17\) for an image of shape \(5, 2, 12, 18\)"):
         ClassicalAugmentation("noise")(image, mask[..., :-1])
+
+
+@pytest.mark.parametrize("name", ["contrast", "gamma", "mirror", "rotate", "scale"])
+def test_a_constant_image_is_stretched_to_the_lowest_value_and_not_to_noise(name):
+    change, mask = ClassicalAugmentation(name, normalize="minmax"), torch.zeros(6, 1, 20, 24, dtype=torch.int64)
+    changed, _ = change(torch.full((6, 1, 20, 24), 0.3), mask, torch.Generator().manual_seed(0))
+    assert changed.abs().max() == 0
+
+
+def test_an_empty_batch_stays_empty():
+    image, mask = torch.rand(0, 1, 8, 8), torch.zeros(0, 1, 8, 8, dtype=torch.int64)
+    for normalize in ("clip", "minmax"):
+        assert ClassicalAugmentation("all", normalize=normalize)(image, mask)[0].shape == (0, 1, 8, 8)
+    assert stretch(image).shape == (0, 1, 8, 8)

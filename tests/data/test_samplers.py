@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fairdiff_lightning.data import GroupBalancedSampler
-from fairdiff_lightning.data.samplers import SequentialShards
+from fairdiff_lightning.data.samplers import EpochSampler, SequentialShards
 
 GROUPS = [0] * 3 + [1] * 11 + [2] * 40 + [-1] * 4
 
@@ -54,3 +54,17 @@ def test_shards_cover_every_sample_exactly_once(length, replicas):
     shards = [SequentialShards(range(length), replicas, rank) for rank in range(replicas)]
     assert sorted(i for shard in shards for i in shard) == list(range(length))
     assert [len(shard) for shard in shards] == [len(list(shard)) for shard in shards]
+
+
+@pytest.mark.parametrize("replicas", [1, 2, 3])
+def test_no_sample_of_a_small_group_comes_twice_as_the_same_draw_of_an_epoch(replicas):
+    """Blocks and partners are drawn from these numbers."""
+    samplers = [EpochSampler(GroupBalancedSampler(GROUPS, 1, replicas, rank)) for rank in range(replicas)]
+    for sampler in samplers:
+        sampler.set_epoch(4)
+    drawn = [one for sampler in samplers for one in sampler]
+    assert len(set(drawn)) == len(drawn)
+    assert {epoch for _, epoch, _ in drawn} == {4}
+    assert sorted(index for index, _, _ in drawn) == sorted(i for sampler in samplers for i in sampler.sampler)
+    assert max(visit for index, _, visit in drawn if GROUPS[index] == 0) >= 13, "each of three comes some 13 times"
+    assert {visit for index, _, visit in drawn if GROUPS[index] == 2} <= {0, 1}

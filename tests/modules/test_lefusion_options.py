@@ -266,10 +266,18 @@ def test_textures_are_asked_for_by_name_and_by_numbers_in_one_batch():
         made.predict_step({**asked, "texture": ["cluster:7"] * 3})
 
 
-def test_textures_of_a_plan_need_a_model_that_knows_textures():
-    dataset = SimpleNamespace(lesion_attributes=())
-    data = SimpleNamespace(generate=SimpleNamespace(textures=["cluster:0"]), attribute_groups={}, dataset=dataset)
-    made = module(conditioning=None)
+@pytest.mark.parametrize(
+    ("arguments", "textures", "message"),
+    [
+        ({"conditioning": None}, ["cluster:0"], r"textures=\['cluster:0'\] for a model with conditioning=None"),
+        ({}, ["random", "cluster:2"], "texture 'cluster:2': there are 2"),
+        ({}, ["dark.npy"], "texture_bins=8 for a model of bins=16"),
+    ],
+)
+def test_textures_of_a_plan_are_those_that_the_model_knows(arguments, textures, message):
+    plan = SimpleNamespace(textures=textures, texture_bins=8)
+    data = SimpleNamespace(generate=plan, attribute_groups={}, dataset=SimpleNamespace(lesion_attributes=()))
+    made = module(**arguments)
     made._trainer = SimpleNamespace(datamodule=data, precision="32-true")
-    with pytest.raises(ValueError, match=r"textures=\['cluster:0'\] for a model with conditioning=None"):
+    with pytest.raises(ValueError, match=message):
         made.setup("predict")

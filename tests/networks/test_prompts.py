@@ -98,7 +98,7 @@ def test_texts_that_are_learned_later_leave_the_others_as_they_are(tmp_path):
     kept, empty, embeddings = own.encode(["bb"], CPU), own.empty(CPU), own.learned
     own.learn(["a", "bb"])
     assert own.learned is embeddings, "nothing is new"
-    own.encode(["bb"], CPU)
+    own.mark_trained(own.rows(["bb"]), dropout=0.0)
     assert own.trained.tolist() == [False, True, False]
     own.learn(["ccc", "bb"])
     assert own.trained.tolist() == [False, True, False]
@@ -118,8 +118,8 @@ def test_texts_that_are_learned_later_leave_the_others_as_they_are(tmp_path):
 def test_an_embedding_that_nothing_trained_is_named_and_not_sampled_with():
     own = Prompts("eye of {group}", 2, None, 6, texts=["eye", "nose"])
     own.check_trained(own.rows(torch.tensor([0, -1])))  # of weights that nobody trained any
-    own(torch.tensor([1, 1]))
-    own.encode(["eye"], CPU)
+    own.mark_trained(own.rows(torch.tensor([1, 1])), dropout=0.0)
+    own.mark_trained(own.rows(["eye"]), dropout=0.0)
     own.check_trained(own.rows(["eye"]))
     own.check_trained(own.rows(torch.tensor([1])))
     with pytest.raises(ValueError, match="nothing was learned for the prompt 'nose': no training sample had it"):
@@ -129,8 +129,13 @@ def test_an_embedding_that_nothing_trained_is_named_and_not_sampled_with():
     own.names = ["a", "bb"]
     with pytest.raises(ValueError, match=r"for group 'unknown' of the prompt"):
         own.check_trained(own.rows(torch.tensor([-1])))
-    own.eval()(torch.tensor([0]))
-    assert own.trained.tolist() == [False, True, False, True, False, False], "sampling trains nothing"
+    own(torch.tensor([0]))
+    own.encode(["nose"], CPU)
+    assert own.trained.tolist() == [False, True, False, True, False, False], "looking up trains nothing"
+    with pytest.raises(ValueError, match="nothing was learned for the empty prompt, which guidance leads away from"):
+        own.check_trained(torch.tensor([1, -1]))
+    own.mark_trained(own.rows(["eye"]), dropout=0.1)
+    own.check_trained(torch.tensor([1, -1]))
 
 
 class Words:
