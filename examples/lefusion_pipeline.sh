@@ -37,10 +37,11 @@ if [ "$KIND" = emidec ] && [ -n "$DATA" ] &&
 fi
 . examples/pipeline.sh
 begin "DATA=$DATA KIND=$KIND LESIONS=$LESIONS"
+export LESIONS_ROOT=$OUT
 count=("--data.generate.total=$LESIONS")
 
 say "1/5 a segmenter on the real lesions alone: P"
-segment p
+segment p --config configs/lefusion/sets/p.yaml
 
 say "2/5 a diffusion of lesions, given the scan around them"
 train "$OUT/lefusion" --config "${prefix}lefusion.yaml"
@@ -64,7 +65,7 @@ done
 say "5/5 segmenters on P and each of the sets, and on all"
 runs=("P=$OUT/p")
 for set in "${sets[@]}"; do
-  segment "p_and_$set" "--data.synthetic=[$OUT/$set/synthetic]"
+  segment "p_and_$set" --config "configs/lefusion/sets/p_and_$set.yaml"
   runs+=("P and $set=$OUT/p_and_$set")
 done
 segment p_and_all "--data.synthetic=[$(IFS=,; echo "${all[*]}")]"

@@ -32,6 +32,7 @@ read -ra counts <<< "$(tr -s ' ' '\n' <<< "$PAIRS" | sort -nu | tr '\n' ' ')"
 for count in "${counts[@]}"; do
   [[ $count =~ ^[1-9][0-9]*$ ]] || { echo "PAIRS=$PAIRS; expected are numbers from 1, none is always compared." >&2; exit 2; }
 done
+[[ $FOLDS =~ ^[1-5]$ ]] || { echo "FOLDS=$FOLDS; expected is a number from 1 to 5." >&2; exit 2; }
 config() { echo "$prefix$1.yaml"; }
 segmenter=$(config segment)
 . examples/pipeline.sh

@@ -9,7 +9,7 @@ import pytest
 from pipelines import REPOSITORY, pipeline, recorded
 from test_cli import CONFIGS, VOLUMES
 
-from fairdiff_lightning.cli import main, newest_checkpoint
+from fairdiff_lightning.cli import build_cli, main, newest_checkpoint
 from fairdiff_lightning.data import LIDC, Emidec, EmidecDataModule, paste_roi, read_volume
 
 QUIET = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.accelerator=cpu"]
@@ -27,6 +27,14 @@ TINY = {
     "lesion_masks": NETWORK,
     "segment": ["--model.network_args={filters: [4, 8, 8]}"],
 }
+SETS = {
+    "p": [],
+    "p_and_p_prime": ["p_prime"],
+    "p_and_n_prime": ["n_prime"],
+    "p_and_n_double_prime": ["n_double_prime"],
+    "p_and_p_prime_and_n_double_prime": ["p_prime", "n_double_prime"],
+}
+"""Training sets of the paper -> the generated ones in each."""
 LESIONS = [config for config in VOLUMES if "lidc" in config or "emidec" in config]
 
 
@@ -45,7 +53,7 @@ def _in_a_folder_of_its_own(tmp_path, monkeypatch):
     (tmp_path / "configs").symlink_to(CONFIGS)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["fairdiff"])
-    for name in ("LIDC_ROOT", "EMIDEC_ROOT", "PL_GLOBAL_SEED"):
+    for name in ("LIDC_ROOT", "EMIDEC_ROOT", "LESIONS_ROOT", "PL_GLOBAL_SEED"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -62,6 +70,20 @@ def test_every_shipped_configuration_trains(config):
     if part(config) == "segment":
         main(["test", *arguments, "--ckpt_path=last"])
         assert list(Path().rglob("fairness.json"))
+
+
+@pytest.mark.parametrize("config", [config for config in LESIONS if part(config) == "segment"])
+@pytest.mark.parametrize("root", [None, "made, here"])
+def test_the_papers_training_sets_are_files_on_top_of_every_segmenter(config, root, monkeypatch):
+    if root:
+        monkeypatch.setenv("LESIONS_ROOT", root)
+    assert {file.stem for file in (CONFIGS / "lefusion" / "sets").iterdir()} == {*SETS}
+    parser = build_cli([f"--config={CONFIGS}/{config}", *QUIET], run=False).parser
+    for name, parts in SETS.items():
+        read = parser.parse_args([f"--config={CONFIGS}/{file}" for file in (config, f"lefusion/sets/{name}.yaml")])
+        assert read.data.init_args.synthetic == [f"{root or 'runs/lefusion'}/{part}/synthetic" for part in parts]
+        assert read.trainer.default_root_dir == f"{root or 'runs/lefusion'}/{name}"
+        assert read.model.init_args.network == "dynunet"
 
 
 def run(tmp_path, **settings):

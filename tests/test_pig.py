@@ -135,11 +135,18 @@ def test_numbers_of_pairs_are_compared_and_each_holds_the_smaller_ones(tmp_path)
     assert names_of_runs() == ["real only", "real and 10 pairs"]
 
 
-@pytest.mark.parametrize("numbers", ["0 64", "many", "-4"])
-def test_numbers_of_pairs_that_are_none_are_refused(tmp_path, numbers):
-    refused = pipeline(tmp_path, "pig_pipeline.sh", PAIRS=numbers)
-    assert (refused.returncode, f"PAIRS={numbers}; expected are numbers from 1" in refused.stderr) == (2, True)
+@pytest.mark.parametrize(
+    ("setting", "value", "expected"),
+    [
+        *(("PAIRS", numbers, "expected are numbers from 1") for numbers in ("0 64", "many", "-4")),
+        *(("FOLDS", number, "expected is a number from 1 to 5") for number in ("0", "6", "abc", "-1", "1 2")),
+    ],
+)
+def test_numbers_of_pairs_and_folds_that_are_none_are_refused(tmp_path, setting, value, expected):
+    refused = pipeline(tmp_path, "pig_pipeline.sh", **{setting: value})
+    assert (refused.returncode, f"{setting}={value}; {expected}" in refused.stderr) == (2, True)
     assert not (tmp_path / "commands").exists()
+    assert not (tmp_path / "runs").exists()
 
 
 def test_the_pipeline_takes_real_mammograms(tmp_path, realdata):

@@ -37,7 +37,7 @@ def find_pairs(root: Path) -> Cases:
 
 
 def describe(cases: Cases, said: Mapping[str, Mapping[str, str]]) -> Cases:
-    """Add to each case what the row of its id, or of its patient's folder, says; a row of no case is an error.
+    """Add to each case what the row of its id, or of its folder, says; a row of no case is an error.
 
     Args:
         cases: that were found.
@@ -46,7 +46,7 @@ def describe(cases: Cases, said: Mapping[str, Mapping[str, str]]) -> Cases:
     by_id = {row["id"]: row for row in said.values()}
     rows, used = {}, set()
     for where, row in cases.rows.items():
-        name = row["id"] if row["id"] in by_id else row.get("patient", "")
+        name = row["id"] if row["id"] in by_id else row.get("folder", "")
         rows[where] = row | {key: value for key, value in by_id.get(name, {}).items() if value and key != "id"}
         used.add(name)
     errors = [

@@ -299,6 +299,10 @@ def _window(task: Task, modalities: Sequence[str], window: tuple[float, float] |
 def _scaled(values: Array, noted: Sequence[float] | None, where: str) -> Array:
     """A volume of MRI in [0, 1], by the window that its file notes, or by percentiles."""
     low, high = noted or np.percentile(values, PERCENTILES).tolist()
+    if noted and not (np.isfinite([low, high]).all() and low < high):
+        raise InvalidSampleError(
+            where, f"the window ({low:g}, {high:g}) in its notes", "two finite ends, the lower first"
+        )
     if high <= low:
         raise InvalidSampleError(where, f"{low:g} at both percentiles {PERCENTILES}", "an image that is not constant")
     return Window(low, high).to_unit(values)

@@ -5,12 +5,13 @@ Which series a structure set (RTSTRUCT) or segmentation (SEG) belongs to is said
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pydicom
+from lightning.pytorch.utilities import rank_zero_warn
 from pydicom.dataset import Dataset
 from pydicom.errors import InvalidDicomError
 from pydicom.uid import RTStructureSetStorage, SegmentationStorage
@@ -20,11 +21,13 @@ from fairdiff_lightning.data.dicom_masks import SUFFIXES
 from fairdiff_lightning.data.dicom_series import NO_SLICES
 from fairdiff_lightning.data.errors import InvalidSampleError
 from fairdiff_lightning.data.native import visible_files
+from fairdiff_lightning.data.scan_list import patient_id
 
 TAGS = [
     "SOPClassUID",
     "Modality",
     "Rows",
+    "PatientID",
     "SeriesInstanceUID",
     "FrameOfReferenceUID",
     "ReferencedFrameOfReferenceSequence",
@@ -42,12 +45,14 @@ class Series:
         uid: of the series.
         modality: ``CT`` for what is planned on.
         frame: of reference.
+        patient: PatientID; empty where it tells nobody.
         folders: that hold slices of it, in order.
     """
 
     uid: str
     modality: str
     frame: str
+    patient: str = ""
     folders: list[Path] = field(default_factory=list)
 
 
@@ -61,22 +66,24 @@ class Mask:
 
 
 def find_exports(root: Path, modality: str = "CT") -> Cases:
-    """Find the series of each patient, a folder below ``root``, and the structure set or segmentation of each.
+    """Find the series in each folder below ``root``, and the structure set or segmentation of each.
 
-    A case has the name of its patient's folder as its id, and ``patient``; where a patient has several cases, their
-    SeriesInstanceUIDs follow. What lies deeper, and what files are called, does not matter.
+    A case has the name of its folder as its id; where a folder has several cases, their SeriesInstanceUIDs follow. The
+    patient is the PatientID, or the folder where that tells nobody; folders that share one are warned of. What lies
+    deeper, and what files are called, does not matter.
 
     Args:
         root: folder of the patients.
         modality: of the series that are taken.
 
     Returns:
-        Rows with ``id``, ``image`` (a folder), ``mask`` (nothing for a series without one, if it is the patient's
-        only one), ``patient`` and ``series``. Errors are masks of a series that is not there, or of several, two masks
-        of one series, several series without a mask, and a series in several folders.
+        Rows with ``id``, ``image`` (a folder), ``mask`` (nothing for a series without one, if it is the folder's only
+        one), ``folder`` (its name), ``patient`` and ``series``. Errors are masks of a series that is not there, or of
+        several, two masks of one series, several series without a mask, a series in several folders, and cases of
+        several patients in one folder.
     """
     cases, left_out = Cases(), Counter[str]()
-    for folder in (path for path in visible_files(root, "*") if path.is_dir()):
+    for folder in (path for path in visible_files(root, "*") if not path.is_file()):
         try:
             series, masks = _read_headers(folder)
             paired = _pair(masks, series, modality)
@@ -84,12 +91,14 @@ def find_exports(root: Path, modality: str = "CT") -> Cases:
         except InvalidSampleError as error:
             cases.errors.append(error)
             continue
+        left_out["folders without a series of images"] += not series
         cases.rows |= {f"{row['image']}, series {row['series']}": row for row in rows}
         left_out[f"series that are no {modality}"] += sum(s.modality != modality for s in series.values())
         left_out["series without a mask beside one that has it"] += sum(
             s.modality == modality for s in series.values()
         ) - len(rows)
     cases.left_out = {reason: count for reason, count in left_out.items() if count}
+    _warn_of_shared(root, cases.rows.values())
     return cases
 
 
@@ -103,6 +112,7 @@ def _read_headers(folder: Path) -> tuple[dict[str, Series], list[Mask]]:
         elif "Rows" in header and header.get("SOPClassUID") not in NO_SLICES and header.get("SeriesInstanceUID"):
             uid, frame = str(header.SeriesInstanceUID), str(header.get("FrameOfReferenceUID") or "")
             found = series.setdefault(uid, Series(uid, str(header.get("Modality") or ""), frame))
+            found.patient = found.patient or patient_id(header)
             if path.parent not in found.folders:
                 found.folders.append(path.parent)
     return series, masks
@@ -110,7 +120,7 @@ def _read_headers(folder: Path) -> tuple[dict[str, Series], list[Mask]]:
 
 def _headers(folder: Path) -> Iterator[tuple[Path, Dataset]]:
     for path in visible_files(folder, "**/*"):
-        if not path.is_file():
+        if path.is_dir():
             continue
         try:
             yield path, pydicom.dcmread(path, stop_before_pixels=True, specific_tags=list(TAGS))
@@ -125,10 +135,10 @@ def _references(header: Dataset) -> tuple[frozenset[str], frozenset[str]]:
     studies = [study for frame in frames for study in frame.get("RTReferencedStudySequence") or []]
     series = [item for study in studies for item in study.get("RTReferencedSeriesSequence") or []]
     series += list(header.get("ReferencedSeriesSequence") or [])
-    named = (str(item.get("SeriesInstanceUID")) for item in series)
+    named = {str(item.get("SeriesInstanceUID") or "") for item in series}
     own = {str(item.get("FrameOfReferenceUID") or "") for item in (header, *frames)}
     own |= {str(roi.get("ReferencedFrameOfReferenceUID") or "") for roi in header.get("StructureSetROISequence") or []}
-    return frozenset(named), frozenset(own - {""})
+    return frozenset(named - {""}), frozenset(own - {""})
 
 
 def _pair(masks: list[Mask], series: dict[str, Series], modality: str) -> dict[str, Path]:
@@ -147,26 +157,25 @@ def _pair(masks: list[Mask], series: dict[str, Series], modality: str) -> dict[s
 
 
 def _series_of(mask: Mask, series: dict[str, Series], modality: str) -> str:
-    """The series that a mask refers to; where it names none that is there, the only one in its frame of reference.
+    """The series that a mask names; where it names none, the only one in its frame of reference.
 
     A PET shares the frame of its CT: of several series, the only one of the modality is taken.
     """
-    found = [uid for uid in series if uid in mask.series]
-    found = found or [s.uid for s in series.values() if s.frame in mask.frames]
+    found = [s.uid for s in series.values() if (s.uid in mask.series if mask.series else s.frame in mask.frames)]
     found = [uid for uid in found if series[uid].modality == modality] or found
     if len(found) != 1:
+        named = f"series {sorted(mask.series)}" if mask.series else f"frames {sorted(mask.frames)}"
         there = {s.uid: f"{s.modality} in frame {s.frame}" for s in series.values()}
         raise InvalidSampleError(
             mask.path,
-            f"{len(found)} series that it may be of, by the series {sorted(mask.series)} or the frames "
-            f"{sorted(mask.frames)} that it names; there are {there}",
+            f"{len(found)} series that it may be of, by the {named} that it names; there are {there}",
             "one; name image and mask of each case in cases.csv",
         )
     return found[0]
 
 
 def _rows(folder: Path, series: dict[str, Series], paired: dict[str, Path]) -> list[dict[str, str]]:
-    """The cases of a patient: the series with a mask, or the only one without."""
+    """The cases of a folder: the series with a mask, or the only one without."""
     chosen = [s for uid, s in series.items() if uid in paired] or list(series.values())
     if len(chosen) > 1 and not paired.keys() & series.keys():
         raise InvalidSampleError(
@@ -175,13 +184,36 @@ def _rows(folder: Path, series: dict[str, Series], paired: dict[str, Path]) -> l
     for one in chosen:
         if len(one.folders) > 1:
             raise InvalidSampleError(folder, f"slices of the series {one.uid} in {len(one.folders)} folders", "one")
+    patient = _patient(folder, chosen)
     return [
         {
             "id": folder.name if len(chosen) == 1 else f"{folder.name}-{one.uid}",
             "image": str(one.folders[0].absolute()),
             "mask": str(paired[one.uid].absolute()) if one.uid in paired else "",
-            "patient": folder.name,
+            "folder": folder.name,
+            "patient": patient,
             "series": one.uid,
         }
         for one in chosen
     ]
+
+
+def _patient(folder: Path, chosen: Iterable[Series]) -> str:
+    """Whose the cases of a folder are: as they say, or the folder's name where they tell nobody."""
+    told = {one.patient for one in chosen} - {""}
+    if len(told) > 1:
+        raise InvalidSampleError(
+            folder, f"series of the patients {sorted(told)}", "those of one; give each a folder of his own"
+        )
+    return told.pop() if told else folder.name
+
+
+def _warn_of_shared(root: Path, rows: Iterable[Mapping[str, str]]) -> None:
+    folders: dict[str, set[str]] = defaultdict(set)
+    for row in rows:
+        folders[row["patient"]].add(row["folder"])
+    for shared in (sorted(names) for names in folders.values() if len(names) > 1):
+        rank_zero_warn(
+            f"{root}: the folders {', '.join(shared)} are of one patient, by their PatientID, and no split parts them; "
+            "where that is wrong, say so in the column `patient` of a table."
+        )

@@ -193,9 +193,15 @@ def bin_centre(index: int, edges: Sequence[float]) -> float:
 
 
 def visible_files(root: Path, pattern: str) -> list[Path]:
-    """The files below ``root`` that match, sorted; hidden ones are no samples, nor are those in hidden folders."""
-    found = (p for p in root.glob(pattern) if not any(part.startswith(".") for part in p.relative_to(root).parts))
-    return sorted(found)
+    """The files below ``root`` that match, sorted; hidden ones are no samples, nor are those in hidden folders.
+
+    Args:
+        root: folder.
+        pattern: of :meth:`pathlib.Path.glob`; one that begins with ``**/`` looks into linked folders too.
+    """
+    folders = _folders(root) if pattern.startswith("**/") else [root]
+    found = (path for folder in folders for path in folder.glob(pattern.removeprefix("**/")))
+    return sorted(p for p in found if not any(part.startswith(".") for part in p.relative_to(root).parts))
 
 
 @contextmanager
@@ -237,6 +243,15 @@ def make_directory_once(path: Path, fill: Callable[[Path], None]) -> None:
         except OSError:  # another process was first
             if not path.is_dir():
                 raise
+
+
+def _folders(root: Path) -> Iterator[Path]:
+    """A folder and the visible ones below it, linked ones too, but for links back to a folder on the way down."""
+    for path, names, _ in os.walk(root, followlinks=True):
+        folder = Path(path)
+        way = (folder, *folder.parents[: len(folder.relative_to(root).parts)])
+        names[:] = [n for n in names if not n.startswith(".") and not any(p.samefile(folder / n) for p in way)]
+        yield folder
 
 
 def _umask() -> int:

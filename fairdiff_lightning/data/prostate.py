@@ -72,12 +72,13 @@ class Prostate(VolumeDataset):
             another value above 0 is an error. The first is what masks are written with. None keeps ``classes`` apart.
         structures: regular expressions of the whole names of the structures of an RTSTRUCT, or of the segments of a
             SEG, that are joined to the target, in capitals or not. A segment may have the name of its class instead.
-        window: HU that are [0, 1] in a sample; the default is the paper's.
+        window: HU that are [0, 1] in a sample, the lower end first; the default is the paper's.
         hu_offset: HU of what is stored as 0, for files whose offset was never applied (-1024, or -1000).
         ignore_mask_affine: take the image's affine for its mask too; the shapes must agree all the same.
 
     Raises:
-        ValueError: for ``targets`` with other than two classes, or that are no values from 1 to 255.
+        ValueError: for ``targets`` with other than two classes, or that are no values from 1 to 255, or for a window
+            of no width or that is upside down.
     """
 
     name: ClassVar[str] = "Prostate"
@@ -233,7 +234,9 @@ class Prostate(VolumeDataset):
             return Cases(rows)
         cases = find_pairs(root) if (root / IMAGES).is_dir() else find_exports(root)
         if not (cases.rows or cases.errors):
+            counts = ", ".join(f"{count} {reason}" for reason, count in cases.left_out.items())
             found = f"no {TABLE} with images, nothing in {IMAGES}, and no CT in folders of patients"
+            found += f" ({counts})" if counts else ""
             raise self.not_found(root, found if root.is_dir() else "no such folder")
         return describe(cases, rows)
 

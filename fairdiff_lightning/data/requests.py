@@ -37,7 +37,8 @@ class GenerationPlan:
         masks: what image generators condition on: ``train``, the training split's own masks; a folder that a generator
             of masks wrote; ``own``, that of the background; None for generators that make the masks themselves.
         backgrounds: the scans that lesions are put into: ``train``, the training split's own; ``healthy``, those that
-            the data set has without a lesion; a folder of whole scans; None for generators that make the whole image.
+            the data set has without a lesion; a folder of whole scans, of which those of the data set's cases with a
+            lesion are left out; None for generators that make the whole image.
         organs: masks of the organ that lesions are put into, one for each whole scan: a folder of NIfTI files of the
             scans' names, or a pattern as ``{folder}/{name}_lung.nii.gz`` of the scan's ``folder``, ``name`` and ``id``.
             None finds the lungs in the scans.

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 import pydicom
+from lightning.pytorch.utilities import rank_zero_info
+from pydicom.dataset import Dataset
 from pydicom.errors import InvalidDicomError
 
 from fairdiff_lightning.data.dicom_masks import is_dicom
+from fairdiff_lightning.data.dicom_series import NO_SLICES
 from fairdiff_lightning.data.errors import InvalidSampleError
 from fairdiff_lightning.data.native import Record, visible_files
 from fairdiff_lightning.data.volumes import NIFTI
 
 SCAN, ORGAN = "scan", "organ"
 """Roles of the files of a whole scan and of the mask of its organ."""
+TAGS = ("SOPClassUID", "Modality", "PatientID", "Rows")
+LUNGS, ORGANS = ("CT", ""), ("CT", "MR", "")
+"""Modalities of scans in which lungs are found, and of those with a mask of an organ; a header may lack it."""
+AS_NIFTI = "masks of organs are NIfTI files; convert those of DICOM (data.dicom_masks.read_dicom_mask, write_volume)"
 PATIENT = re.compile(r"LIDC-IDRI-\d{4}")
 """A patient of LIDC-IDRI, as the names of folders and files tell him."""
 NOBODY = re.compile(
@@ -28,6 +35,8 @@ NOBODY = re.compile(
 def list_scans(path: Path, organs: str | None = None) -> list[Record]:
     """The scans below a folder: NIfTI files, and folders that hold a DICOM series; or the one scan that ``path`` is.
 
+    Series of other modalities than CT, and with ``organs`` MR, are left out and counted in one line of the log.
+
     The patient (``unit``) is the PatientID of a series, and else the last ``LIDC-IDRI-<number>`` that the whole path
     names. The id is the path below ``path``, with a patient of LIDC in front where it alone does not tell him.
 
@@ -38,16 +47,17 @@ def list_scans(path: Path, organs: str | None = None) -> list[Record]:
 
     Raises:
         InvalidSampleError: when there is none, two would have one id, or a scan has no mask.
-        ValueError: for a pattern of other names.
+        ValueError: for a pattern of other names, or of other files than NIfTI.
     """
-    found = _scan_paths(path)
-    patients = {scan: _patient(scan) for scan in found}
+    found = _scan_paths(path, LUNGS if organs is None else ORGANS)
+    patients = {scan: _patient(scan, told) for scan, told in found.items()}
     names = {scan: _name(scan, path, patients[scan]) for scan in found}
     masks = {} if organs is None else _organ_masks(names, organs)
     taken = {mask.resolve() for mask in masks.values()} | _masks_below(organs)
     kept = [scan for scan in found if scan.resolve() not in taken]
     if not kept:
-        raise InvalidSampleError(path, "no scan", f"files that end in {' or '.join(NIFTI)}, or folders of DICOM files")
+        expected = f"files that end in {' or '.join(NIFTI)}, or folders of a DICOM series of CT (with `organs` or MR)"
+        raise InvalidSampleError(path, "no scan", expected)
     _refuse_one_name(kept, names)
     if organs is not None:
         _refuse_without(kept, names, masks, organs)
@@ -88,17 +98,33 @@ def named_cases(scans: Iterable[Record], cases: Collection[str]) -> list[str | N
     return [case_of(scan) for scan in scans]
 
 
-def _scan_paths(path: Path) -> list[Path]:
-    files = [p for p in visible_files(path, "**/*") if p.is_file()] if path.is_dir() else []
+def _scan_paths(path: Path, modalities: Collection[str]) -> dict[Path, str]:
+    """Scan -> the PatientID that its headers tell, empty where they tell nobody."""
+    if path.is_file():
+        return {path: ""}
     folders: dict[Path, list[Path]] = defaultdict(list)
-    for file in files:
-        folders[file.parent].append(file)
+    for file in visible_files(path, "**/*"):
+        if file.is_file():
+            folders[file.parent].append(file)
+    nifti = sorted(file for held in folders.values() for file in held if file.name.endswith(NIFTI))
     series = [folder for folder, held in sorted(folders.items()) if any(map(_is_slice, held))]
-    return [*(p for p in files if p.name.endswith(NIFTI)), *series, *([path] if path.is_file() else [])]
+    headers = {folder: _first_header(filter(_is_slice, folders[folder])) for folder in series}
+    taken = {folder: patient_id(header) for folder, header in headers.items() if _modality(header) in modalities}
+    if len(taken) < len(series):
+        others = Counter(_modality(header) for folder, header in headers.items() if folder not in taken)
+        kinds = " or ".join(filter(None, modalities))
+        rank_zero_info(
+            f"{len(series) - len(taken)} DICOM series under '{path}' are no {kinds} and are left out: {dict(others)}."
+        )
+    return dict.fromkeys(nifti, "") | taken
 
 
 def _organ_masks(names: Mapping[Path, str], organs: str) -> dict[Path, Path]:
     """Scan -> the mask of its organ, of those that have one."""
+    if "{" in organs and not organs.endswith(NIFTI):
+        raise ValueError(
+            f"generate: organs={organs!r}; {AS_NIFTI}, and a pattern of them ends in {' or '.join(NIFTI)}."
+        )
     if "{" not in organs:
         folder = Path(organs)
         masks = {_name(p, folder, _patient(p)): p for p in visible_files(folder, "**/*") if p.name.endswith(NIFTI)}
@@ -133,7 +159,7 @@ def _refuse_without(scans: Iterable[Path], names: Mapping[Path, str], masks: Map
     for scan in scans:
         if scan not in masks:
             place = organs if "{" in organs else f"{organs}/{names[scan]}.nii.gz"
-            raise InvalidSampleError(scan, "no mask of its organ", f"one at '{place}', as `organs` says")
+            raise InvalidSampleError(scan, "no mask of its organ", f"one at '{place}', as `organs` says; {AS_NIFTI}")
 
 
 def _words(names: Iterable[str]) -> re.Pattern[str]:
@@ -159,20 +185,31 @@ def _name(path: Path, root: Path, patient: str | None) -> str:
     return f"{patient}-{name}" if known and PATIENT.findall(name)[:1] != [patient] else name
 
 
-def _patient(path: Path) -> str | None:
+def _patient(path: Path, told: str = "") -> str | None:
     """Whose scan it is: as the series says, or the path, of which links are followed where they tell a patient."""
-    told = _patient_id(path) if path.is_dir() else ""
     named = PATIENT.findall(str(path.resolve())) or PATIENT.findall(str(path.absolute()))
     return told or (named[-1] if named else None)
 
 
-def _patient_id(folder: Path) -> str:
-    """The PatientID of the series in a folder; empty where it tells nobody."""
-    for file in filter(_is_slice, (p for p in visible_files(folder, "*") if p.is_file())):
+def _first_header(files: Iterable[Path]) -> Dataset:
+    """That of the first slice, or else of the first file that can be read; empty where none can."""
+    first = Dataset()
+    for file in files:
         try:
-            header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=["PatientID"])
+            header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=list(TAGS))
         except (OSError, EOFError, ValueError, InvalidDicomError):
             continue  # said when the series is read
-        told = str(header.get("PatientID") or "").strip()
-        return "" if NOBODY.fullmatch(told) else told
-    return ""
+        if "Rows" in header and header.get("SOPClassUID") not in NO_SLICES:
+            return header
+        first = first or header
+    return first
+
+
+def _modality(header: Dataset) -> str:
+    return str(header.get("Modality") or "").strip()
+
+
+def patient_id(header: Dataset) -> str:
+    """The PatientID; empty where it tells nobody."""
+    told = str(header.get("PatientID") or "").strip()
+    return "" if NOBODY.fullmatch(told) else told

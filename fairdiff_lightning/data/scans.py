@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -21,15 +20,15 @@ from fairdiff_lightning.data.resample import to_spacing
 from fairdiff_lightning.data.rois import block_around, candidate_places, deep_inside, lung_mask
 from fairdiff_lightning.data.scan_list import ORGAN, SCAN
 from fairdiff_lightning.data.volume_dataset import VolumeDataset, on_grid
-from fairdiff_lightning.data.volumes import RAS, Size, Volume, check_same_grid, read_volume
+from fairdiff_lightning.data.volumes import RAS, Size, Volume, Window, check_same_grid, read_volume
 
 MARGIN = 2.0
 """Least distance of a lesion from the border of the lung or organ, mm."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class LesionReader:
-    """Reads the scan that a lesion is put into and the mask that it follows.
+    """Reads the scan that a lesion is put into and the mask that it follows; keeps the last whole scan.
 
     Args:
         dataset: reads the files.
@@ -38,6 +37,11 @@ class LesionReader:
 
     dataset: VolumeDataset
     frame: VolumeFrame
+    _last: tuple[Record, tuple[Volume, Volume]] | None = field(default=None, init=False, repr=False, compare=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the last scan, which a loader process has no use for."""
+        return self.__dict__ | {"_last": None}
 
     def __call__(self, request: Request) -> Mapping[str, Any]:
         """``image`` in [0, 1], ``mask``, ``affine`` and ``spacing``.
@@ -57,11 +61,17 @@ class LesionReader:
             lesion = self.dataset.read_labels(condition)
             size = self.frame.size or lesion.shape
             return volume_tensors(
-                *place_in_scan(background, lesion, size, request.seed, self.dataset, self.frame.spacing)
+                *place_in_scan(*self._whole(background), lesion, size, request.seed, self.dataset.window)
             )
         image = self.frame.background(self.dataset, background)
         found = volume_tensors(image)
         return found if condition is None else {**found, "mask": self._mask(condition, background, image)}
+
+    def _whole(self, scan: Record) -> tuple[Volume, Volume]:
+        if self._last is None or self._last[0] != scan:
+            self._last = None  # so that two scans are never held at once
+            self._last = scan, read_room(scan, self.dataset, self.frame.spacing)
+        return self._last[1]
 
     def _mask(self, condition: Record, background: Record, image: Volume) -> Tensor:
         """The mask to follow: in its place in its own scan, in the middle of another, as lesions are of their blocks.
@@ -93,54 +103,61 @@ class LesionReader:
         return anatomy
 
 
+def read_room(scan: Record, dataset: VolumeDataset, spacing: Sequence[float] | None = None) -> tuple[Volume, Volume]:
+    """Read a whole scan and tell where in it a lesion may lie, with axes as those of the data set.
+
+    Args:
+        scan: record of a whole scan, with the mask of the organ, or of chest CT in HU.
+        dataset: reads it, and tells how its axes run.
+        spacing: of the voxels that it is resampled to, mm; None leaves them.
+
+    Returns:
+        The scan in the unit of the data set's window, and the inside of its lungs or organ, {0, 1}.
+
+    Raises:
+        InvalidSampleError: for values that are no HU, a scan without lungs, and an organ mask on another grid.
+    """
+    whole, organ = dataset.read_scan(scan.files[SCAN]), scan.files.get(ORGAN)
+    given = None if organ is None else _organ(whole, organ)
+    if spacing is not None:
+        whole = to_spacing(whole.reoriented(dataset.axes), spacing, "bilinear").reoriented(RAS)
+        given = given and to_spacing(given.reoriented(dataset.axes), spacing, "nearest")
+    room = deep_inside(given or lung_mask(whole), MARGIN)
+    return whole.reoriented(dataset.axes), room.reoriented(dataset.axes)
+
+
 def place_in_scan(
-    scan: Record, lesion: Volume, size: Size, seed: int, dataset: VolumeDataset, spacing: Sequence[float] | None = None
+    whole: Volume, room: Volume, lesion: Volume, size: Size, seed: int, window: Window
 ) -> tuple[Volume, Volume]:
     """Cut a block out of a scan at a place in the lungs, or in the given organ, that holds a lesion as a whole.
 
     Args:
-        scan: record of a whole scan, with the mask of the organ, or of chest CT in HU.
-        lesion: mask of class indices from another case, whose axes run as ``dataset.axes``, of any spacing.
+        whole: the scan, from :func:`read_room`.
+        room: where the lesion may lie, from there too.
+        lesion: mask of class indices from another case, with axes as those of the scan, of any spacing.
         size: of the block, (H, W, D), voxels.
         seed: of the place.
-        dataset: tells how its axes run, and its window.
-        spacing: of the block's voxels, mm; that of the scan when None.
+        window: intensities that become [0, 1].
 
     Returns:
         The block in [0, 1] and the mask of the lesion to come, both in their place in the patient.
 
     Raises:
-        InvalidSampleError: for values that are no HU, a scan without lungs, lungs without room for the lesion, an organ
-            mask on another grid, or a lesion that does not fit into the block.
+        InvalidSampleError: for lungs without room for the lesion, or a lesion that does not fit into the block.
     """
-    whole, room = _whole(scan.files[SCAN], scan.files.get(ORGAN), dataset, None if spacing is None else tuple(spacing))
     shape = to_spacing(lesion, whole.spacing.tolist(), "nearest").array
     (start,) = candidate_places(room, shape, 1, seed)
     mask = np.zeros(whole.shape, np.uint8)
     mask[tuple((np.argwhere(shape) + start).T)] = shape[shape != 0]
     (box,) = ndimage.find_objects((mask != 0).astype(np.uint8))
-    roi = block_around(whole, whole.with_array(mask), box, size, dataset.window.low)
+    roi = block_around(whole, whole.with_array(mask), box, size, window.low)
     if roi.is_cut:
         raise InvalidSampleError(
             "lesion",
             f"{np.count_nonzero(mask)} voxels of {whole.spacing.round(2).tolist()} mm",
             f"one that fits into the block, {tuple(size)}; give a larger image_size",
         )
-    return roi.image.with_array(dataset.window.to_unit(roi.image.array)), roi.mask
-
-
-@lru_cache(maxsize=1)  # the requests come scan after scan
-def _whole(
-    file: str, organ: str | None, dataset: VolumeDataset, spacing: tuple[float, ...] | None
-) -> tuple[Volume, Volume]:
-    """A scan and where in it a lesion may lie, with axes as those of the data set."""
-    scan = dataset.read_scan(file)
-    given = None if organ is None else _organ(scan, organ)
-    if spacing is not None:
-        scan = to_spacing(scan.reoriented(dataset.axes), spacing, "bilinear").reoriented(RAS)
-        given = given and to_spacing(given.reoriented(dataset.axes), spacing, "nearest")
-    room = deep_inside(given or lung_mask(scan), MARGIN)
-    return scan.reoriented(dataset.axes), room.reoriented(dataset.axes)
+    return roi.image.with_array(window.to_unit(roi.image.array)), roi.mask
 
 
 def _organ(scan: Volume, file: str) -> Volume:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,7 +43,8 @@ def read_textures(given: Sequence[TextureArgument], bins: int) -> list[Texture]:
         bins: of each histogram.
 
     Raises:
-        InvalidSampleError: for a file or numbers that are no histogram, naming it and the sum.
+        InvalidSampleError: for a file or numbers that are no histogram, naming it and the sum; for histograms of other
+            numbers of classes.
         ValueError: for something else than a list, an unknown name, and a texture that is given twice.
     """
     if isinstance(given, str):
@@ -52,6 +53,8 @@ def read_textures(given: Sequence[TextureArgument], bins: int) -> list[Texture]:
     twice = [label for label, count in Counter(texture.label for texture in found).items() if count > 1]
     if twice:
         raise ValueError(f"generate: textures has '{twice[0]}' twice; each lesion comes once in each texture.")
+    lengths = {_name(given[k], k): len(one.asked) for k, one in enumerate(found) if not isinstance(one.asked, str)}
+    _refuse_unequal(lengths, bins)
     return found
 
 
@@ -62,9 +65,22 @@ def texture_batch(textures: Sequence[Texture]) -> Tensor | list[str | Tensor]:
     return torch.stack(histograms) if len(histograms) == len(asked) else asked
 
 
+def _name(entry: TextureArgument, number: int) -> str:
+    return entry if isinstance(entry, str) else f"generate.textures[{number}]"
+
+
+def _refuse_unequal(lengths: Mapping[str, int], bins: int) -> None:
+    first, expected = next(iter(lengths.items()), ("", 0))
+    for name, length in lengths.items():
+        if length != expected:
+            raise InvalidSampleError(
+                name, f"{length} numbers, and {expected} in {first}", f"one length: {bins} for each lesion class"
+            )
+
+
 def _texture(entry: TextureArgument, bins: int, number: int) -> Texture:
     if not isinstance(entry, str):
-        return _histogram(entry, bins, f"generate.textures[{number}]", "histogram")
+        return _histogram(entry, bins, _name(entry, number), "histogram")
     if entry.endswith(".npy"):
         return _histogram(_load(entry), bins, entry, re.sub(r"[^A-Za-z0-9-]", "-", Path(entry).stem))
     if not NAMED.fullmatch(entry):

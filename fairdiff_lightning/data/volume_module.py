@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from math import isfinite
@@ -32,6 +32,8 @@ from fairdiff_lightning.data.scans import LesionReader
 from fairdiff_lightning.data.volume_dataset import VolumeDataset
 
 Sides = tuple[int, int, int]
+STRETCH = 256
+"""Requests, or a few more that fill a batch, within which whole scans come one after the other."""
 
 
 class VolumeDataModule(NativeDataModule):
@@ -164,6 +166,8 @@ class VolumeDataModule(NativeDataModule):
     def backgrounds(self) -> list[Record] | None:
         """The scans that ``generate`` wants lesions put into, of no held-out case; None when it wants none.
 
+        A whole scan of a case with a mask shows the lesions of that case, and is left out too.
+
         Raises:
             ValueError: when there is none.
         """
@@ -172,29 +176,37 @@ class VolumeDataModule(NativeDataModule):
             return None
         if wanted == TRAINING:
             return self._real
-        found = self.dataset.backgrounds(self.folder) if wanted == HEALTHY else self.scans(Path(wanted))
-        free = [scan for scan in found if self.dataset.case_key(scan.source or scan.id) not in self._held_out]
-        if len(free) < len(found):
-            rank_zero_info(f"{len(found) - len(free)} healthy scans are of validation or test cases and are left out.")
+        healthy = self.dataset.backgrounds(self.folder)
+        found = healthy if wanted == HEALTHY else self.scans(Path(wanted))
+        free = self._left(found, self._held_out, "are of validation or test cases")
+        if wanted == HEALTHY:
+            place, remedy = str(self.folder), "Give backgrounds='train', or a folder of scans."
+        else:
+            names = {record.id for record in healthy}
+            ill = {self.dataset.case_key(record.id) for record in self._indexed if record.id not in names}
+            free = self._left(free, ill, "show lesions of their case, which would have no label,")
+            place, remedy = wanted, "Give scans of other patients."
         if not free:
             raise ValueError(
-                f"generate: backgrounds={wanted!r}, but '{self.folder}' has no scan without a lesion whose case "
-                "is not held out. Give backgrounds='train', or a folder of scans."
+                f"generate: backgrounds={wanted!r}, but '{place}' has no scan without a lesion whose case is not held "
+                f"out, of {len(found)}. {remedy}"
             )
         return free
 
     def requests(self) -> list[Request]:
-        """What ``generate`` asks for, all of it; scan after scan where these are whole ones, so that each is read once.
+        """What ``generate`` asks for, all of it.
+
+        Whole scans come one after the other within stretches of the plan, so that each is read once there. A stretch
+        is of whole batches: a plan that grows at its end changes no batch of those that were full.
 
         Raises:
             ValueError: for textures with groups that are textures themselves; see also the base class.
         """
         asked = super().requests()
         self._refuse_two_textures()
-        places: dict[str, int] = {}
-        for request in asked:
-            places.setdefault(_scan_of(request), len(places))
-        return sorted(asked, key=lambda request: places[_scan_of(request)])
+        length = -(-STRETCH // self.batch_size) * self.batch_size
+        stretches = (asked[start : start + length] for start in range(0, len(asked), length))
+        return [request for stretch in stretches for request in _scan_after_scan(stretch)]
 
     @property
     def reading(self) -> dict[str, str]:
@@ -234,11 +246,23 @@ class VolumeDataModule(NativeDataModule):
         """Whole scans; one that its path or header tells to be of a case of this data set has it as its source."""
         scans = list_scans(path, None if self.generate is None else self.generate.organs)
         key_of = self.dataset.case_key
-        cases = {key_of(record.id) for record in self.dataset.index(self.folder).records if not record.synthetic}
+        cases = {key_of(record.id) for record in self._indexed}
         named = named_cases(scans, cases)
         unknown = [key_of(scan.id) not in cases for scan in scans]
         found = zip(scans, named, unknown, strict=True)
         return [replace(scan, source=case) if case and other else scan for scan, case, other in found]
+
+    @cached_property
+    def _indexed(self) -> list[Record]:
+        """The real samples with a mask, before any split or filter."""
+        return [record for record in self.dataset.index(self.folder).records if not record.synthetic]
+
+    def _left(self, scans: Sequence[Record], cases: Collection[str], reason: str) -> list[Record]:
+        """The scans of other cases."""
+        left = [scan for scan in scans if self.dataset.case_key(scan.source or scan.id) not in cases]
+        if len(left) < len(scans):
+            rank_zero_info(f"{len(scans) - len(left)} scans {reason} and are left out.")
+        return left
 
     def _refuse_two_textures(self) -> None:
         plan, first = self.generate, next(iter(self.attribute_groups), None)
@@ -279,6 +303,14 @@ def _check_positive(name: str, values: Sequence[float] | None, whole: bool = Fal
 def _scan_of(request: Request) -> str:
     """The file of the whole scan that a lesion goes into; empty for all others."""
     return "" if request.background is None else request.background.files.get(SCAN, "")
+
+
+def _scan_after_scan(requests: Sequence[Request]) -> list[Request]:
+    """Requests with those of one whole scan together, in the order in which the scans are met."""
+    places: dict[str, int] = {}
+    for request in requests:
+        places.setdefault(_scan_of(request), len(places))
+    return sorted(requests, key=lambda request: places[_scan_of(request)])
 
 
 def _sides(size: Sequence[int] | None) -> Sides | None:

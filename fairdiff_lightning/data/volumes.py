@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -69,10 +70,21 @@ NOTES = "fairdiff_lightning"
 
 @dataclass(frozen=True)
 class Window:
-    """A range of intensities that is mapped to [0, 1]; the default is LeFusion's for lungs, HU."""
+    """A range of intensities that is mapped to [0, 1]; the default is LeFusion's for lungs, HU.
+
+    Raises:
+        ValueError: for ends that are not finite, or of which the first is not the lower one.
+    """
 
     low: float = -1000.0
     high: float = 400.0
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low < self.high):
+            raise ValueError(
+                f"window=({self.low:g}, {self.high:g}); expected are two finite intensities, the lower one first, as "
+                "(-200, 250)."
+            )
 
     def to_unit(self, values: Array) -> NDArray[np.float32]:
         """Scale to [0, 1] and clip."""

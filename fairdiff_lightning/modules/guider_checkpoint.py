@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from fairdiff_lightning.modules.paired_noise import training_noise
 from fairdiff_lightning.networks.checkpoint import read_checkpoint, read_state_dict
 
 FACTS = ("scheduler", "scheduler_args", "num_classes", "ordinal_mask", "in_channels", "image_size")
@@ -32,9 +34,9 @@ def read_guider(path: str, wanted: Mapping[str, Any]) -> tuple[dict[str, Tensor]
     if not state:
         raise ValueError(f"guider_checkpoint='{path}' holds no guider; expected is a checkpoint of stage='guider'.")
     checkpoint = read_checkpoint(Path(path))
-    saved = checkpoint.get("hyper_parameters", {})
+    saved = {**wanted, **checkpoint.get("hyper_parameters", {})}
     for fact in FACTS:
-        if fact in saved and _comparable(fact, saved[fact]) != _comparable(fact, wanted[fact]):
+        if _comparable(fact, saved) != _comparable(fact, wanted):
             raise ValueError(
                 f"guider_checkpoint='{path}': its {fact} is {saved[fact]}, here it is {wanted[fact]}. Train the target "
                 "with the guider's settings, or a guider with the target's."
@@ -42,8 +44,11 @@ def read_guider(path: str, wanted: Mapping[str, Any]) -> tuple[dict[str, Tensor]
     return state, checkpoint
 
 
-def _comparable(fact: str, value: Any) -> Any:
-    """A side as height and width, and nothing given as None."""
+def _comparable(fact: str, hparams: Mapping[str, Any]) -> Any:
+    """A side as height and width, and the noise as its scheduler was built, whether its arguments were given or not."""
+    value = hparams[fact]
     if fact == "image_size":
         return (value, value) if isinstance(value, int) else tuple(value)
-    return value or None
+    if fact == "scheduler_args":
+        return json.loads(training_noise(hparams).to_json_string())
+    return value

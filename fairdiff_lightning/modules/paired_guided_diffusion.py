@@ -11,12 +11,9 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
 from fairdiff_lightning.data.sample import Sample
-from fairdiff_lightning.data.seeding import derive_seed
 from fairdiff_lightning.diffusion import (
     add_noise,
     antithetic_timesteps,
-    build_scheduler,
-    build_training_scheduler,
     clean_estimate,
     denoise,
     gaussian,
@@ -38,17 +35,10 @@ from fairdiff_lightning.metrics.noise_levels import LossByNoise
 from fairdiff_lightning.modules.data_facts import check_data, check_requests, chosen_attribute, group_of
 from fairdiff_lightning.modules.generative import TRAINING_CASES, GenerativeModule
 from fairdiff_lightning.modules.guider_checkpoint import read_guider
+from fairdiff_lightning.modules.pair_conditions import Groups, check_mask, hide_groups, requests_for
+from fairdiff_lightning.modules.paired_noise import noise_sampler, training_noise
 from fairdiff_lightning.networks.checkpoint import LoadReport, Source, check_state_dict
 from fairdiff_lightning.networks.guided_unet import WIDTHS, GuidedUNet
-
-PAPER_NOISE = {"num_train_timesteps": 1024, "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
-SAMPLERS: dict[str, dict[str, Any]] = {
-    "DPMSolverMultistepScheduler": {"use_lu_lambdas": True},  # even in log SNR, where it needs the fewest steps
-    "DDIMScheduler": {"clip_sample": False},
-    "DDPMScheduler": {"clip_sample": False},
-}
-"""Arguments of samplers where diffusers' own are not meant: estimates are not clipped."""
-Groups = dict[str, Tensor]
 
 
 class PairedGuidedDiffusion(GenerativeModule):
@@ -122,8 +112,8 @@ class PairedGuidedDiffusion(GenerativeModule):
         ==================  ==============================  ==============================  ==========================
 
     Raises:
-        ValueError: for a combination of stage and variant that does not exist, an unknown scheduler, or groups that the
-            data do not have.
+        ValueError: for a combination of stage and variant that does not exist, an unknown scheduler, relative levels of
+            more than three ordinal classes, or groups that the data do not have.
     """
 
     def __init__(
@@ -169,7 +159,7 @@ class PairedGuidedDiffusion(GenerativeModule):
         known = num_groups or {}
         conditions = {str(chosen_attribute(name, known)): known.get(name, 0) for name in attributes}
         self.attribute = next(iter(conditions), None)
-        self.noise = build_training_scheduler(scheduler, PAPER_NOISE | (scheduler_args or {}))
+        self.noise = training_noise(self.hparams)
         step_arguments(self.make_sampler(), eta, None)  # so that a wrong name or argument is found now
         if guidance_scale != 1 and not (attributes and group_dropout):
             raise ValueError(
@@ -177,6 +167,12 @@ class PairedGuidedDiffusion(GenerativeModule):
                 "guidance needs groups to go towards, and some of them hidden in training."
             )
         relative = reference_behaviour or decode == "relative"
+        if relative and ordinal_mask and num_classes > 3:
+            raise ValueError(
+                f"num_classes={num_classes}, ordinal_mask=True with decode='{decode}', reference_behaviour="
+                f"{reference_behaviour}: relative levels are those of 2 or 3 classes. Take decode='absolute' without "
+                "reference_behaviour, or ordinal_mask=False."
+            )
         self.decode_method: Decode = "relative" if relative else "absolute"
         levels: Transform = partial(relative_levels, levels=num_classes if ordinal_mask else 2)
         erodes = guide == "binary" and relative
@@ -211,8 +207,7 @@ class PairedGuidedDiffusion(GenerativeModule):
 
     def make_sampler(self) -> Any:
         """A new scheduler for sampling, along the noise of training."""
-        name, arguments = self.hparams["sampler"], self.hparams["sampler_args"]
-        return build_scheduler(name, SAMPLERS.get(name, {}) | (arguments or {}), like=self.noise)
+        return noise_sampler(self.hparams, self.noise)
 
     def setup(self, stage: str) -> None:
         """Check that the data are what the networks were built for, take over the guider, and compile."""
@@ -249,6 +244,18 @@ class PairedGuidedDiffusion(GenerativeModule):
         self.training_cases |= frozenset(checkpoint.get(TRAINING_CASES, ()))
         self._has_guider = True
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep which file the guider came from; among the hyperparameters a loader may name another one."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["guider_checkpoint"] = self.hparams["guider_checkpoint"]
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Learn too whether it brings the guider that is asked for, whose own file is then not needed to go on."""
+        super().on_load_checkpoint(checkpoint)
+        wanted = self.hparams["guider_checkpoint"]
+        brought = any(name.startswith("guider.") for name in checkpoint["state_dict"])
+        self._has_guider |= brought and wanted in (None, checkpoint.get("guider_checkpoint", wanted))
+
     def load_reference_weights(self, source: Source, network: Literal["guider", "target"]) -> LoadReport:
         """Load a checkpoint of the authors' code, which has one for each network (their x and y).
 
@@ -275,6 +282,8 @@ class PairedGuidedDiffusion(GenerativeModule):
         mask, image = self.encode_mask(batch["mask"]), batch["image"] * 2 - 1
         noise_x, noise_y = gaussian(mask, random), gaussian(image, random)
         steps, groups = self._steps(image, random), self._groups(batch)
+        if self.training:
+            groups = hide_groups(groups, self.hparams["group_dropout"])
         x, y = add_noise(self.noise, mask, noise_x, steps), add_noise(self.noise, image, noise_y, steps)
         wanted_x = training_target(self.noise, mask, noise_x, steps)
         wanted_y = training_target(self.noise, image, noise_y, steps)
@@ -323,7 +332,10 @@ class PairedGuidedDiffusion(GenerativeModule):
         """Pairs for requests with ``seed``: ``image`` (B, C, H, W) in [0, 1] and ``mask`` (B, 1, H, W).
 
         A request with a mask and no image asks for an image of that mask. With ``stage="guider"`` there are no pairs,
-        but a mask for a given image.
+        but a mask for a given image. In training and evaluation mode alike.
+
+        Raises:
+            ValueError: for what the stage or variant cannot answer, or a given mask of another size or other classes.
         """
         random, groups = generators(requests["seed"]), self._groups(requests)
         shapes = [
@@ -347,6 +359,7 @@ class PairedGuidedDiffusion(GenerativeModule):
             return {"mask": self.decode_mask(x0)}
         target = self._predictor(self.target, groups)
         if mask_is_given:
+            check_mask(requests, self.image_size, self.hparams["num_classes"])
             given = self.encode_mask(requests["mask"])
             image = sample_guided(target, guide=self.given_transform(given), y=y, **common)
             return self._decoded(given, image) | {"mask": requests["mask"]}
@@ -357,7 +370,7 @@ class PairedGuidedDiffusion(GenerativeModule):
         """Draw pairs without a Trainer.
 
         Args:
-            num: how many.
+            num: how many, at least 1.
             groups: attribute -> index of the group that all are of; unknown when left out.
             seed: of the first; each pair depends on this and its number alone.
 
@@ -365,16 +378,9 @@ class PairedGuidedDiffusion(GenerativeModule):
             Images (num, C, H, W) in [0, 1] and masks (num, 1, H, W) int64.
 
         Raises:
-            ValueError: for a group that the networks do not know.
+            ValueError: for less than one pair, or a group that the networks do not know.
         """
-        known = self._conditions()
-        for name, group in (groups or {}).items():
-            if name not in known or not -1 <= group < known[name]:
-                raise ValueError(f"groups: {name}={group}; the networks know {known or 'none'}, and -1 for any.")
-        attributes = {name: torch.full((num,), (groups or {}).get(name, -1), device=self.device) for name in known}
-        seeds = torch.tensor([derive_seed(seed, k) for k in range(num)])
-        requests = {"id": [str(k) for k in range(num)], "seed": seeds, "attributes": attributes}
-        made = self.eval().generate(cast(Sample, requests))
+        made = self.generate(requests_for(num, groups or {}, self._conditions(), seed, self.device))
         return made["image"], made["mask"]
 
     def encode_mask(self, mask: Tensor) -> Tensor:
@@ -424,15 +430,8 @@ class PairedGuidedDiffusion(GenerativeModule):
         return timesteps(like, count, random)
 
     def _groups(self, batch: Sample) -> Groups:
-        """Groups (B,) of the attributes that the networks know; training hides some, together and one by one."""
-        groups = {name: group_of(batch, name) for name in self._conditions()}
-        if self.training and groups:
-            share, size = self.hparams["group_dropout"], len(batch["id"])
-            hidden = (torch.rand(size, device=self.device) < share).expand(len(groups), size)
-            if len(groups) > 1:
-                hidden = hidden | (torch.rand(len(groups), size, device=self.device) < share)
-            groups = {n: g.masked_fill(lost, -1) for (n, g), lost in zip(groups.items(), hidden.unbind(), strict=True)}
-        return groups
+        """Groups (B,) of the attributes that the networks know."""
+        return {name: group_of(batch, name) for name in self._conditions()}
 
     def _conditions(self) -> dict[str, int]:
         return {name: self.hparams["num_groups"][name] for name in self.hparams["attributes"]}

@@ -9,7 +9,7 @@ import torch
 from fairdiff_lightning.data.decathlon import Decathlon, Task, read_task
 from fairdiff_lightning.data.errors import DatasetNotFoundError, InvalidSampleError
 from fairdiff_lightning.data.sample import validate
-from fairdiff_lightning.data.volumes import Volume, Window, crop_or_pad
+from fairdiff_lightning.data.volumes import Volume, Window, crop_or_pad, write_nifti
 
 SIZE = (8, 9, 5)
 AFFINE = np.array([[-2.0, 0, 0, 7], [0, 1.5, 0, 20], [0, 0, 3, -40], [0, 0, 0, 1]])
@@ -79,6 +79,8 @@ def test_classes_and_channels_come_from_the_task_and_ct_from_a_window(tmp_path):
     np.testing.assert_allclose(sample["image"][0], np.clip((image + 200) / 450, 0, 1), atol=1e-6)
     validate(sample, num_classes=3, intensity_range=(0, 1))
     assert Decathlon(tmp_path, window=(0, 80)).window == Window(0, 80)
+    with pytest.raises(ValueError, match=r"window=\(80, 0\); expected are two finite"):
+        Decathlon(tmp_path, window=(80, 0))
     assert Decathlon(task(tmp_path, name="Lung")).window == Window(-1000, 400)
 
 
@@ -283,6 +285,9 @@ def test_volumes_that_do_not_fit_are_named(tmp_path):
         data.read_image(record)
     store(image, np.full(SIZE, 3, np.float32))
     with pytest.raises(InvalidSampleError, match="3 at both percentiles"):
+        data.read_image(record)
+    write_nifti(image, Volume(np.ones(SIZE, np.float32), AFFINE), {"id": "a_1", "window": [1, 0]})
+    with pytest.raises(InvalidSampleError, match=r"the window \(1, 0\) in its notes"):
         data.read_image(record)
     store(image, np.full(SIZE, np.nan, np.float32))
     with pytest.raises(InvalidSampleError, match="NaN or infinite"):

@@ -1,6 +1,7 @@
 """Folders of patients as planning systems export them: series and structure sets are told by what they say."""
 
 import shutil
+from contextlib import nullcontext
 
 import numpy as np
 import pydicom
@@ -21,7 +22,7 @@ HU = {"RescaleSlope": 1, "RescaleIntercept": -1000}
 def export(folder, uid="1.2.826.1.9", structures=True, flat=True, write=write_structures, **tags):
     """A patient with a CT and a structure set of two slices, all in one folder or each in its own."""
     folder.mkdir(parents=True, exist_ok=True)
-    series = write_scan(folder / uid, SeriesInstanceUID=uid, **HU, **tags)
+    series = write_scan(folder / uid, SeriesInstanceUID=uid, **{"PatientID": folder.name, **HU, **tags})
     image = read_volume(series)
     mask = np.zeros(image.shape, np.uint8)
     mask[4:9, 3:8, 1:3] = 1
@@ -78,6 +79,64 @@ def test_two_plans_of_a_patient_are_two_cases_of_one_unit(tmp_path):
     assert all(Prostate().read_mask(record).sum() == 5 * 5 * 2 for record in records)
 
 
+@pytest.mark.parametrize("told", ["HN-0042", "anonymous", "0000", None])
+def test_folders_of_one_patient_id_are_one_unit_and_one_that_tells_nobody_is_none(tmp_path, told):
+    for k, name in enumerate(("plan1", "plan2")):
+        export(tmp_path / name, f"1.2.9.{k}", PatientID=told and f"{told} ")
+    export(tmp_path / "p3", "1.2.9.3")
+    somebody = told == "HN-0042"
+    with pytest.warns(UserWarning, match="plan1, plan2 are of one patient") if somebody else nullcontext():
+        records = Prostate().index(tmp_path).records
+    assert [record.id for record in records] == ["p3", "plan1", "plan2"]
+    assert [record.unit for record in records] == ["p3", *(["HN-0042"] * 2 if somebody else ["plan1", "plan2"])]
+    (tmp_path / "cases.csv").write_text("id,t_stage,centre,patient\nplan1,T3,A,\nplan2,T2,A,other\n")
+    units = {record.id: (record.unit, record.attributes["t_stage"]) for record in Prostate().index(tmp_path).records}
+    assert units["plan1"] == ("HN-0042" if somebody else "plan1", 2), "a table names the folder"
+    assert units["plan2"] == ("other", 1)
+
+
+def test_two_patients_in_a_folder_are_an_error(tmp_path):
+    export(tmp_path / "p1", "1.2.9.1", PatientID="A7")
+    export(tmp_path / "p1", "1.2.9.2", PatientID="B8")
+    (error,) = Prostate().index(tmp_path).errors
+    assert "p1: series of the patients ['A7', 'B8']. Expected those of one" in str(error)
+
+
+def test_folders_without_images_are_counted_and_links_are_followed(tmp_path):
+    root = tmp_path / "in"
+    export(root / "good")
+    (root / "empty").mkdir()
+    (root / "notes").mkdir()
+    (root / "notes" / "report.txt").write_text("no DICOM")
+    (root / "gone").symlink_to(tmp_path / "nowhere")
+    export(tmp_path / "store" / "linked", "1.2.9.2", flat=False)
+    (root / "linked").symlink_to(tmp_path / "store" / "linked")
+    export(tmp_path / "store" / "inner", "1.2.9.3", PatientID="inner")
+    (root / "deep").mkdir()
+    (root / "deep" / "ct").symlink_to(tmp_path / "store" / "inner")
+    index = Prostate().index(root)
+    assert [record.id for record in index.records] == ["deep", "good", "linked"]
+    assert index.left_out == {"folders without a series of images": 3}
+    assert not index.errors
+    (root / "good" / "lost").symlink_to(tmp_path / "nowhere")
+    (error,) = Prostate().index(root).errors
+    assert "good/lost: unreadable" in str(error)
+
+
+@pytest.mark.parametrize("write", [write_structures, write_segmentation])
+def test_a_mask_of_a_series_that_is_not_there_is_of_no_other(tmp_path, write):
+    export(tmp_path / "p1", "1.2.9.1", write=write)
+    for path in (tmp_path / "p1").glob("*.dcm"):
+        path.unlink()
+    assert len(list((tmp_path / "p1").iterdir())) == 1
+    export(tmp_path / "p1", "1.2.9.2", structures=False)
+    index = Prostate().index(tmp_path)
+    assert not index.records
+    (error,) = index.errors
+    assert "RS.1.2.9.1: 0 series that it may be of, by the series ['1.2.9.1'] that it names" in str(error)
+    assert "1.2.9.2" in str(error)
+
+
 def test_a_structure_set_that_names_no_series_is_of_the_ct_in_its_frame(tmp_path):
     export(tmp_path / "p1", "1.2.9.1", structures=False, Modality="PT", FrameOfReferenceUID=FRAME)
     export(tmp_path / "p1", "1.2.9.2", structures=False)
@@ -113,7 +172,7 @@ def test_what_is_no_case_is_an_error_of_its_patient_alone(tmp_path):
     assert len(index.errors) == 5
     for text in (
         "a second mask of the series 1.2.826.1.9, beside",
-        "0 series that it may be of, by the series [] or the frames ['1.2.826.1.7'] that it names",
+        "0 series that it may be of, by the frames ['1.2.826.1.7'] that it names",
         "several: 2 series ['1.2.9.1', '1.2.9.2'] and a mask of none",
         "spread: slices of the series 1.2.826.1.9 in 2 folders",
         "damaged/x.dcm: unreadable",
@@ -151,7 +210,10 @@ def test_exports_train_through_the_module(tmp_path, monkeypatch):
 
 def test_a_folder_without_patients_says_what_is_expected(tmp_path):
     (tmp_path / "notes").mkdir()
-    with pytest.raises(DatasetNotFoundError, match=r"no CT in folders of patients.*(?s:.*)as planning systems export"):
+    expected = (
+        r"no CT in folders of patients \(1 folders without a series of images\).*(?s:.*)as planning systems export"
+    )
+    with pytest.raises(DatasetNotFoundError, match=expected):
         Prostate().index(tmp_path)
 
 

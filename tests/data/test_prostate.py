@@ -86,6 +86,12 @@ def test_attributes_have_any_number_of_groups_and_classes_stay_apart_where_asked
             Prostate(targets=targets)
 
 
+@pytest.mark.parametrize("window", [(250, -200), (0, 0), (float("nan"), 1)])
+def test_a_window_that_shows_nothing_is_an_error(window):
+    with pytest.raises(ValueError, match=r"window=\(.*\); expected are two finite intensities, the lower one first"):
+        Prostate(window=window)
+
+
 @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(0, 2**31), st.booleans(), st.sampled_from([-1, 0, 3]))
 def test_a_written_sample_reads_back(tmp_path, seed, synthetic, stage):

@@ -1,6 +1,10 @@
+import pickle
+from itertools import pairwise
+
 import numpy as np
 import pydicom
 import pytest
+from pydicom.uid import ComputedRadiographyImageStorage, SegmentationStorage
 
 from fairdiff_lightning.data import DecathlonDataModule, Emidec, GenerationPlan, LIDCDataModule, Record
 from fairdiff_lightning.data.errors import InvalidSampleError
@@ -8,7 +12,7 @@ from fairdiff_lightning.data.frames import VolumeFrame
 from fairdiff_lightning.data.lidc import LIDC
 from fairdiff_lightning.data.requests import Request
 from fairdiff_lightning.data.scan_list import ORGAN, list_scans, named_cases
-from fairdiff_lightning.data.scans import LesionReader, place_in_scan
+from fairdiff_lightning.data.scans import LesionReader, place_in_scan, read_room
 from fairdiff_lightning.data.volumes import Volume, write_volume
 
 AFFINE = np.diag([2.0, 2.0, 3.0, 1.0])
@@ -92,7 +96,9 @@ def test_the_case_of_a_scan_is_a_whole_word(path, unit, case):
 
 
 @pytest.mark.parametrize("place", ["imagesTr-{}.nii.gz", "{}/ct.nii.gz", "ct/{}_0000.nii.gz"])
-def test_scans_of_held_out_cases_of_any_data_set_are_left_out(tmp_path, place):
+def test_scans_of_the_cases_of_any_data_set_are_left_out(tmp_path, place, caplog):
+    """Held-out ones are no material, and those of training cases show lesions without a label."""
+    caplog.set_level("INFO")
     plain = DecathlonDataModule(cache="none")
     plain.prepare_data()
     plain.setup()
@@ -104,10 +110,75 @@ def test_scans_of_held_out_cases_of_any_data_set_are_left_out(tmp_path, place):
     with pytest.raises(ValueError, match="case is not held out"):
         data.backgrounds()
     touch(tmp_path / place.format(training))
-    (scan,) = data.backgrounds()
-    assert scan.source == training  # by which another split knows it
+    assert [scan.source for scan in data.scans(tmp_path)] == sorted([held_out, training])
+    with pytest.raises(ValueError, match=r"has no scan without a lesion .*, of 2. Give scans of other patients"):
+        data.backgrounds()
     touch(tmp_path / "somebody.nii.gz")
-    assert [scan.source for scan in data.backgrounds()] == [training, None]
+    caplog.clear()
+    assert [scan.id for scan in data.backgrounds()] == ["somebody"]
+    assert [line for line in caplog.messages if line.startswith("1 scans")] == [
+        "1 scans are of validation or test cases and are left out.",
+        "1 scans show lesions of their case, which would have no label, and are left out.",
+    ]
+
+
+def test_whole_scans_of_patients_with_nodules_are_left_out_also_where_they_have_healthy_blocks(tmp_path):
+    data = LIDCDataModule(
+        cache="none", generate=GenerationPlan(total=1, masks="train", backgrounds=str(tmp_path / "scans"))
+    )
+    data.prepare_data()
+    data.setup()
+    first, second = sorted({record.unit for record in data.splits["train"]})[:2]
+    healthy = data.dataset.backgrounds(data.folder)
+    data.dataset.backgrounds = lambda root: [*healthy, Record(f"{first}_CVol_1", {}, {}, first)]
+    patients = (first, second, healthy[0].unit, "LIDC-IDRI-9999")
+    touch(*(tmp_path / "scans" / patient / "ct.nii.gz" for patient in patients))
+    assert [scan.unit for scan in data.backgrounds()] == [healthy[0].unit, "LIDC-IDRI-9999"]
+
+
+def test_scans_in_linked_folders_are_found(tmp_path):
+    touch(tmp_path / "store" / "p1" / "ct.nii.gz", tmp_path / "scans" / "p2" / "ct.nii.gz")
+    (tmp_path / "scans" / "p1").symlink_to(tmp_path / "store" / "p1")
+    (tmp_path / "store" / "p1" / "back").symlink_to(tmp_path / "scans")
+    (tmp_path / "scans" / "p2" / "own").symlink_to(tmp_path / "scans" / "p2")
+    (tmp_path / "scans" / ".old").symlink_to(tmp_path / "store")
+    assert [scan.id for scan in list_scans(tmp_path / "scans")] == ["p1-ct", "p2-ct"]
+
+
+def test_of_a_download_the_ct_are_taken_and_the_others_counted(tmp_path, caplog):
+    caplog.set_level("INFO")
+    for name, modality, kind in (
+        ("ct", "CT", None),
+        ("xray", "DX", ComputedRadiographyImageStorage),
+        ("nodules", "SEG", SegmentationStorage),
+        ("mr", "MR", None),
+        ("mixed", "CT", None),
+    ):
+        series(tmp_path / name, f"patient of {name}")
+        for path in sorted((tmp_path / name).iterdir())[:: -1 if name == "mixed" else 1]:
+            slice_ = pydicom.dcmread(path)
+            slice_.Modality, slice_.SOPClassUID = modality, kind or slice_.SOPClassUID
+            slice_.save_as(path)
+    (tmp_path / "nodules" / "000000.dcm").rename(tmp_path / "mixed" / "-seg.dcm")  # the first file of a CT's folder
+    assert [(scan.id, scan.unit) for scan in list_scans(tmp_path)] == [
+        ("ct", "patient of ct"),
+        ("mixed", "patient of mixed"),
+    ]
+    (line,) = [line for line in caplog.messages if "DICOM" in line]
+    assert line.startswith("3 DICOM series under")
+    assert line.endswith("are no CT and are left out: {'MR': 1, 'SEG': 1, 'DX': 1}.")
+    touch(*(tmp_path / "organs" / f"{name}.nii.gz" for name in ("ct", "mixed", "mr")))
+    assert [scan.id for scan in list_scans(tmp_path, str(tmp_path / "organs"))] == ["ct", "mixed", "mr"]
+    with pytest.raises(InvalidSampleError, match=r"no scan. Expected .* of a DICOM series of CT"):
+        list_scans(tmp_path / "xray")
+
+
+def test_organs_of_dicom_are_refused_with_what_to_do(tmp_path):
+    touch(tmp_path / "ct.nii.gz", tmp_path / "ct_lung.dcm", tmp_path / "lungs" / "ct.dcm")
+    with pytest.raises(ValueError, match=r"_lung.dcm'; masks of organs are NIfTI files; convert .* ends in .nii"):
+        list_scans(tmp_path, "{folder}/{name}_lung.dcm")
+    with pytest.raises(InvalidSampleError, match=r"lungs/ct.nii.gz'.*masks of organs are NIfTI files; convert"):
+        list_scans(tmp_path, str(tmp_path / "lungs"))
 
 
 def test_series_of_held_out_patients_are_left_out_wherever_they_lie(tmp_path):
@@ -157,20 +228,19 @@ def test_lesions_lie_inside_of_the_given_organ(tmp_path, spacing):
     lesion = Volume(np.ones((3, 2, 2), np.uint8), np.array([[0, 2, 0, 0], [2.0, 0, 0, 0], [0, 0, 2, 0], [0, 0, 0, 1]]))
     spots = set()
     for seed in range(6):
-        _, mask = place_in_scan(scan, lesion, (8, 8, 6), seed, LIDC(), spacing)
+        _, mask = place_in_scan(*read_room(scan, LIDC(), spacing), lesion, (8, 8, 6), seed, LIDC.window)
         inside = np.argwhere(mask.array)
         at = np.round((inside @ mask.affine[:3, :3].T + mask.affine[:3, 3]) / np.diag(AFFINE)[:3]).astype(int)
         assert organ.array[tuple(at.T)].all()
         spots.add(tuple(at[0]))
     assert len(spots) > 3
     with pytest.raises(InvalidSampleError, match="20 ml"):  # without the mask, lungs are looked for
-        place_in_scan(Record("s", {"scan": scan.files["scan"]}, {}, "s"), lesion, (8, 8, 6), 0, LIDC())
+        read_room(Record("s", {"scan": scan.files["scan"]}, {}, "s"), LIDC())
 
 
 def test_an_organ_mask_of_another_grid_or_without_an_organ_is_refused(tmp_path):
     organ = body(tmp_path / "scan.nii.gz", BOX)
     scan = Record("s", {"scan": str(tmp_path / "scan.nii.gz"), ORGAN: str(tmp_path / "organ.nii")}, {}, "s")
-    lesion = Volume(np.ones((2, 2, 2), np.uint8), np.diag([2.0, 2, 2, 1]))
     for wrong, message in (
         (Volume(organ.array[1:], AFFINE), r"organ.nii: mask of \(23, 22, 16\) voxels for an image of \(24, 22, 16\)"),
         (Volume(organ.array, AFFINE + np.eye(4, k=3) * 5), "organ.nii: image and mask lie up to 5 mm off"),
@@ -178,7 +248,7 @@ def test_an_organ_mask_of_another_grid_or_without_an_organ_is_refused(tmp_path):
     ):
         write_volume(tmp_path / "organ.nii", wrong)
         with pytest.raises(InvalidSampleError, match=message):
-            place_in_scan(scan, lesion, (8, 8, 6), 0, LIDC())
+            read_room(scan, LIDC())
 
 
 def test_a_mask_with_anatomy_goes_into_no_whole_scan(tmp_path):
@@ -249,6 +319,44 @@ def test_each_scan_is_read_once_by_each_process_and_samples_do_not_depend_on_the
     assert sum(len(batch["id"]) for batch in found[0]) == 16
     seen = {name: image for batch in found[0] for name, image in zip(batch["id"], batch["image"], strict=True)}
     assert all(np.array_equal(seen[name], seen[name[:-1] + "1"]) for name in seen)  # one place in both textures
+
+
+def test_a_larger_plan_begins_with_the_batches_of_a_smaller_one(tmp_path, monkeypatch):
+    monkeypatch.setattr("fairdiff_lightning.data.volume_module.STRETCH", 10)  # 12 with batches of 3
+    touch(*(tmp_path / f"s{k}.nii.gz" for k in range(3)))
+
+    def asked(total):
+        plan = GenerationPlan(total=total, masks="train", backgrounds=str(tmp_path))
+        data = LIDCDataModule(generate=plan, batch_size=3, cache="none", attributes=())
+        data.prepare_data()
+        data.setup()
+        return [request.id for request in data.requests()], [request.background.id for request in data.requests()]
+
+    (small, _), (large, scans) = asked(32), asked(50)
+    assert large[:24] == small[:24]
+    assert sorted(large[24:36])[:8] == sorted(small[24:])
+    assert small != sorted(small)
+    for start in range(0, 50, 12):
+        stretch = scans[start : start + 12]
+        assert sum(a != b for a, b in pairwise(stretch)) == len(set(stretch)) - 1
+
+
+def test_the_last_scan_is_kept_with_its_reader_and_goes_to_no_other_process(tmp_path, monkeypatch):
+    log = tmp_path / "log.txt"
+    log.write_text("")
+    SmallLesions(monkeypatch, log)
+    data = asked_of(tmp_path)
+    reader, other = data.request_reader(), data.request_reader()
+    first, second = data.requests()[:2]
+    plain = len(pickle.dumps(reader))
+    for request in (first, second):
+        reader(request)
+    assert len(log.read_text().split()) == 1
+    assert len(pickle.dumps(reader)) == plain
+    assert reader == other
+    copy = pickle.loads(pickle.dumps(reader))
+    assert np.array_equal(copy(first)["image"], reader(first)["image"])
+    assert len(log.read_text().split()) == 2
 
 
 def test_masks_that_tell_the_place_are_part_of_how_samples_were_made(tmp_path):

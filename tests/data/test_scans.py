@@ -11,7 +11,7 @@ from fairdiff_lightning.data.native import Record
 from fairdiff_lightning.data.phantoms_3d import chest
 from fairdiff_lightning.data.requests import Request
 from fairdiff_lightning.data.scan_list import list_scans
-from fairdiff_lightning.data.scans import LesionReader, place_in_scan
+from fairdiff_lightning.data.scans import LesionReader, place_in_scan, read_room
 from fairdiff_lightning.data.volumes import Volume, write_volume
 
 PLACED = np.array([[1.5, 0, 0, -40.0], [0, 1.4, 0, 25.0], [0, 0, 8, 60.0], [0, 0, 0, 1]])
@@ -94,11 +94,12 @@ def test_a_lesion_of_two_parts_goes_into_one_block(tmp_path):
     parts[:5], parts[10:] = 1, 1
     step = np.abs(LIDC().read_scan(str(tmp_path / "scan.nii.gz")).reoriented(LIDC.axes).spacing)
     scan = Record("scan", {"scan": str(tmp_path / "scan.nii.gz")}, {}, "scan")
-    block, mask = place_in_scan(scan, Volume(parts, np.diag([*step, 1.0])), (14, 8, 8), 0, LIDC())
+    lesion, found = Volume(parts, np.diag([*step, 1.0])), read_room(scan, LIDC())
+    block, mask = place_in_scan(*found, lesion, (14, 8, 8), 0, LIDC.window)
     assert block.shape == mask.shape == (14, 8, 8)
     assert mask.array.sum() == parts.sum()
     with pytest.raises(InvalidSampleError, match="one that fits into the block"):
-        place_in_scan(scan, Volume(parts, np.diag([*step, 1.0])), (11, 8, 8), 0, LIDC())
+        place_in_scan(*found, lesion, (11, 8, 8), 0, LIDC.window)
 
 
 def heart(root, affine=PLACED, shape=(20, 18, 6)):

@@ -45,6 +45,15 @@ def test_an_id_means_one_histogram(tmp_path):
     assert first.seed == again.seed
 
 
+def test_histograms_of_unequal_lengths_are_refused_by_name(tmp_path):
+    file = saved(tmp_path / "two.npy", [SOLID, SOLID])
+    with pytest.raises(
+        InvalidSampleError, match=r"two.npy: 32 numbers, and 16 in generate.textures\[1\]. Expected one"
+    ):
+        made(["cluster:0", SOLID, file])
+    assert len(made([[*SOLID, *SOLID], file])) == 10
+
+
 def test_a_generator_gets_histograms_or_names():
     numbers = RequestBatches(made([SOLID, SOLID[::-1]]), 4, [], lambda request: {})[0]["texture"]
     assert torch.equal(numbers, torch.tensor([SOLID, SOLID[::-1]] * 2))

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from fairdiff_lightning.data.errors import InvalidSampleError
 from fairdiff_lightning.data.resample import to_spacing
+from fairdiff_lightning.data.slice_stack import slice_window
 from fairdiff_lightning.data.volumes import (
     AIR,
     RAS,
@@ -207,6 +208,18 @@ def test_the_window_is_the_references_and_has_an_inverse(reference):
     inside = np.clip(expected["hu"], -1000, 400)
     np.testing.assert_allclose(Window().from_unit(unit), inside, atol=1e-3)
     assert (unit.dtype, unit.min(), unit.max()) == (np.float32, 0, 1)
+
+
+@pytest.mark.parametrize("ends", [(250, -200), (0, 0), (np.nan, 1), (0, np.nan), (-np.inf, 0), (0, np.inf)])
+def test_a_window_has_two_finite_ends_in_their_order(ends):
+    with pytest.raises(ValueError, match=rf"window=\({ends[0]:g}, {ends[1]:g}\); expected are two finite"):
+        Window(*ends)
+
+
+@pytest.mark.parametrize("value", [-1000, 0, 3.5, 1e6])
+def test_a_constant_slice_is_zero_in_its_own_window(value):
+    flat = np.full((4, 5), value, np.float32)
+    assert np.array_equal(slice_window(flat).to_unit(flat), np.zeros_like(flat))
 
 
 @pytest.mark.parametrize("dtype", [">i2", np.int16, np.uint16, np.int32, np.float32, np.float64])

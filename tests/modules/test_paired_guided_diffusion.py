@@ -39,6 +39,14 @@ def module(**arguments):
     return PairedGuidedDiffusion(**{**TINY, **arguments})
 
 
+def groups_told(made):
+    """The groups (B,) that either network is told, in order."""
+    told = []
+    for network in (made.guider, made.target):
+        network.register_forward_pre_hook(lambda _, arguments: told.append(arguments[3]["race"].clone()))
+    return told
+
+
 @pytest.fixture
 def paper():
     """The reference's deterministic network, noise and pair; steps 100 and 923."""
@@ -214,41 +222,15 @@ def test_groups_are_asked_for_and_guided_towards():
     torch.testing.assert_close(guided.sample(2)[0], made.sample(2)[0], atol=1e-5, rtol=1e-4)  # towards nothing
 
 
-def test_hidden_groups_are_those_of_training_alone():
+def test_hidden_groups_are_those_of_the_training_loss_alone():
     made = module(num_groups={"race": 3}, attributes=("race",), group_dropout=1.0)
-    assert made.train()._groups(batch())["race"].tolist() == [-1, -1, -1]
-    assert made.eval()._groups(batch())["race"].tolist() == [0, 1, -1]
-
-
-def test_one_attribute_is_hidden_by_the_first_draw_alone():
-    made, many = module(num_groups={"race": 3}, attributes=("race",), group_dropout=0.4).train(), 200
-    groups = torch.arange(many) % 3
-    torch.manual_seed(5)
-    hidden, after = torch.rand(many) < 0.4, torch.rand(1)
-    torch.manual_seed(5)
-    found = made._groups({"id": [""] * many, "attributes": {"race": groups}})["race"]
-    assert torch.equal(found, groups.masked_fill(hidden, -1))
-    assert torch.equal(torch.rand(1), after)
-
-
-def test_every_combination_of_known_and_hidden_attributes_is_trained():
-    """All together by one draw of p, and each by one of its own: both hidden in p + (1 - p) p^2 of the samples."""
-    p, many = 0.3, 40_000
-    known = {"num_groups": {"view": 2, "density": 4}, "attributes": ("view", "density"), "group_dropout": p}
-    batch = {"id": [""] * many, "attributes": {"view": torch.ones(many).long(), "density": torch.full((many,), 3)}}
-    made = module(**known).train()
-    torch.manual_seed(2)
-    first = made._groups(batch)
-    torch.manual_seed(2)
-    assert all(torch.equal(group, first[name]) for name, group in made._groups(batch).items())
-    hidden = torch.stack([first["view"] == -1, first["density"] == -1])
-    shares = [
-        (hidden == torch.tensor(which).view(2, 1)).all(0).float().mean().item() for which in ((1, 1), (1, 0), (0, 1))
-    ]
-    alone = (1 - p) * p * (1 - p)
-    assert shares == pytest.approx([p + (1 - p) * p**2, alone, alone], abs=0.01)
-    assert first["view"].unique().tolist() == [-1, 1]
-    assert first["density"].unique().tolist() == [-1, 3]
+    told = groups_told(made)
+    made.train().losses(batch())
+    assert [groups.tolist() for groups in told] == [[-1, -1, -1]] * 2
+    told.clear()
+    made.eval().losses(batch())
+    made.train().generate(requests())
+    assert [groups.tolist() for groups in told] == [[0, 1, -1]] * (2 + 2 * TINY["num_steps"])
 
 
 def test_reference_behaviour_restores_guide_and_decoding():
@@ -306,6 +288,11 @@ def test_the_two_stages_follow_each_other(tmp_path):
         ({"image_size": 15}, "cannot be halved"),
         ({"sampler": "DDPMScheduler", "sampler_args": {"order": 2}}, "takes no argument"),
         ({"guide": "hard"}, "guide 'hard'"),
+        ({"num_classes": 4, "ordinal_mask": True, "decode": "relative"}, "num_classes=4.*those of 2 or 3 classes"),
+        (
+            {"num_classes": 4, "ordinal_mask": True, "guide": "binary", "reference_behaviour": True},
+            "reference_behaviour=True: relative levels are those of 2 or 3 classes",
+        ),
     ],
 )
 def test_what_cannot_be_built_is_refused(arguments, message):
