@@ -69,7 +69,8 @@ def test_every_shipped_generator_trains_and_generates(config):
         *QUIET,
         "--trainer.default_root_dir=run",
     ]
-    main(["fit", *arguments, "--trainer.max_steps=2", "--trainer.max_epochs=-1", "--trainer.limit_val_batches=1"])
+    length = ["--trainer.max_steps=2", "--trainer.max_epochs=-1", "--trainer.limit_val_batches=1"]
+    main(["fit", *arguments, *length, "--data.sampler=group_balanced"])  # so that two steps show every group
     main(["predict", *arguments, "--data.generate.per_group=2", "--data.generate.masks=train", "--ckpt_path=last"])
     made = rows("run/synthetic")
     assert [row["race"] for row in made] == [g for g in ("Asian", "Black", "White") for _ in range(2)]

@@ -60,7 +60,7 @@ def test_predictions_hold_what_the_model_saw_voxel_by_voxel(monkeypatch):
     """A model that marks what is brighter than fat: its masks are the bright voxels of each image's own file."""
     arguments = ["--config", str(CONFIGS / "demo" / "prostate_dmoe.yaml"), *SMALL, *QUIET, "--data.evaluate_at=native"]
     arguments += ["--model.network_args={feature_size: 4}", "--data.image_size=[80,80,40]", "--data.spacing=null"]
-    bright = Window(-200, 250).to_unit(np.array(0.0))
+    bright = float(Window(-200, 250).to_unit(np.array(0.0)))
     monkeypatch.setattr(
         "fairdiff_lightning.modules.segmenter.Segmenter.infer",
         lambda self, batch, stage: torch.cat([bright - batch["image"], batch["image"] - bright], 1),

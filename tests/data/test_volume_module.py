@@ -87,11 +87,12 @@ def test_padding_is_air_and_keeps_the_place_in_the_patient():
 def test_blocks_are_drawn_around_lesions_from_any_cache(cache):
     data = ready(image_size=None, patch_size=(16, 16, 8), positive=1.0, cache=cache)
     train, record = data._data("train"), data._data("train").records[3]
-    first, again, later = train[3, 0], train[3, 0], train[3, 1]
+    first, again, later, repeated = train[3, 0, 0], train[3, 0, 0], train[3, 1, 0], train[3, 0, 1]
     assert first["image"].shape == (1, 16, 16, 8)
     assert first["mask"].any()
     assert torch.equal(again["image"], first["image"])
-    assert not torch.equal(later["image"], first["image"])
+    for other in (later, repeated):
+        assert not torch.equal(other["image"], first["image"])
     image, _ = data.dataset.read_volumes(record)
     whole = data.dataset.window.to_unit(image.array)
     for block in (first, later):
