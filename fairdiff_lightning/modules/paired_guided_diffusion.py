@@ -79,7 +79,7 @@ class PairedGuidedDiffusion(GenerativeModule):
         sampler: diffusers' scheduler that samples.
         sampler_args: its arguments; steps even in log SNR for DPM-Solver++ by default.
         gradient_checkpointing: recompute activations in the backward pass, to save memory.
-        channels_last: memory format of the networks; on a CPU it pays for large images (512 x 512), hardly for small ones.
+        channels_last: memory format of the networks; on a CPU it pays for large images (512 x 512), hardly for others.
         compile: compile the networks in place before the first step.
         num_validation_samples: pairs that each validation generates, over all devices.
         reference_behaviour: restore what the table below says.
