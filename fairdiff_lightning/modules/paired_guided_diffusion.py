@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -166,6 +166,8 @@ class PairedGuidedDiffusion(GenerativeModule):
                 f"guidance_scale={guidance_scale} with attributes={list(attributes)}, group_dropout={group_dropout}: "
                 "guidance needs groups to go towards, and some of them hidden in training."
             )
+        if decode not in get_args(Decode):
+            raise ValueError(f"decode={decode!r}; expected is one of {', '.join(get_args(Decode))}.")
         relative = reference_behaviour or decode == "relative"
         if relative and ordinal_mask and num_classes > 3:
             raise ValueError(

@@ -23,8 +23,9 @@ def over_training(module: LightningModule, measure: Callable[[Sample], Sequence[
     """
     module.trainer.fit_loop.setup_data()
     loader = cast(Iterable[Sample], module.trainer.train_dataloader)
-    batches = ([rows[_is_real(batch)] for rows in measure(batch)] for batch in loader)
-    found = [torch.cat(rows).to(module.device) for rows in zip(*batches, strict=True)]
+    batches = ((measure(batch), _is_real(batch)) for batch in loader)
+    kept = ([rows[real] for rows in found] for found, real in batches)
+    found = [torch.cat(rows).to(module.device) for rows in zip(*kept, strict=True)]
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return [torch.cat(gather_all_tensors(part)) for part in found]
     return found

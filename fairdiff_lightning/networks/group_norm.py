@@ -12,9 +12,9 @@ from torch.autograd.function import once_differentiable
 class ChannelsLastGroupNorm(nn.GroupNorm):
     """``nn.GroupNorm`` for networks in ``torch.channels_last``: the same numbers, trained faster on a CPU.
 
-    PyTorch's own backward pass takes over ten times as long there in that layout as in the contiguous one
-    (``benchmarks/paired_step.py``), which costs more than the convolutions gain. On other devices, when compiled, and
-    for contiguous tensors it is PyTorch's.
+    PyTorch's own backward pass takes over ten times as long there in that layout as in the contiguous one, which costs
+    more than the convolutions gain (``benchmarks/paired_step.py`` measures whole steps). On other devices, when
+    compiled, and for contiguous tensors it is PyTorch's.
     """
 
     def forward(self, input: Tensor) -> Tensor:

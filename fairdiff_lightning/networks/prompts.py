@@ -112,8 +112,8 @@ class Prompts(nn.Module):
             one for unknown groups; of the texts; of the empty prompt; and which of them were ``trained`` (P,).
 
     Raises:
-        ValueError: for a negative prompt or a mixture without an encoder, texts to be learned with one, or embeddings
-            that were learned for other prompts.
+        ValueError: for a negative prompt or a mixture without an encoder, or embeddings that were learned for other
+            prompts.
     """
 
     def __init__(

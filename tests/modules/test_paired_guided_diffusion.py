@@ -288,6 +288,7 @@ def test_the_two_stages_follow_each_other(tmp_path):
         ({"image_size": 15}, "cannot be halved"),
         ({"sampler": "DDPMScheduler", "sampler_args": {"order": 2}}, "takes no argument"),
         ({"guide": "hard"}, "guide 'hard'"),
+        ({"decode": "foo"}, "decode='foo'; expected is one of absolute, relative"),
         ({"num_classes": 4, "ordinal_mask": True, "decode": "relative"}, "num_classes=4.*those of 2 or 3 classes"),
         (
             {"num_classes": 4, "ordinal_mask": True, "guide": "binary", "reference_behaviour": True},
